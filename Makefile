@@ -1,0 +1,36 @@
+# make demo | make test | make imagenet TARS=folder | make clean
+PYTHON ?= python3
+# cuda12 where an NVIDIA driver answers, else cpu; `make demo ACCELERATOR=tpu` on a TPU.
+ACCELERATOR ?= $(shell nvidia-smi >/dev/null 2>&1 && echo cuda12 || echo cpu)
+VENV ?= .venv
+DATA ?= data
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test imagenet clean
+
+demo: $(VENV)/installed-$(ACCELERATOR)
+	$(BIN)/python main.py
+
+test: $(VENV)/installed-$(ACCELERATOR)-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+# Pack ImageNet once as tfds reads it: TARS holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
+imagenet: $(VENV)/installed-$(ACCELERATOR)-prepare
+	$(BIN)/python -m tat_jax.data.prepare --tars $(TARS) --to $(DATA)
+
+$(VENV)/installed-$(ACCELERATOR): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing JAX for $(ACCELERATOR) and the rest into $(VENV); this takes a few minutes"
+	$(PIP) -e ".[$(ACCELERATOR)]"
+	touch $@
+
+$(VENV)/installed-$(ACCELERATOR)-%: $(VENV)/installed-$(ACCELERATOR)
+	$(PIP) -e ".[$(ACCELERATOR),$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,1 @@
+"""Knowledge distillation via the Target-aware Transformer, in JAX and Flax."""

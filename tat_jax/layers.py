@@ -1,0 +1,120 @@
+"""Layers with PyTorch's constants: convolution, batch normalisation and their initialisations."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, reduce
+from flax import nnx
+from jaxtyping import Array, Bool, DTypeLike, Float
+
+# torchvision: kaiming_normal_(mode="fan_out", nonlinearity="relu").
+he_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+# PyTorch's default for convolutions and linear layers: uniform in ±1/sqrt(fan_in).
+torch_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
+    """Return the type in which parameters, statistics and losses of `dtype` activations are kept."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class BatchNorm(nnx.Module):
+    """Normalise every channel by its mean and variance over groups of `group` images.
+
+    y = (x − E[x]) / sqrt(Var[x] + 1e-5) · scale + bias, computed in float32 at least. In training, E and Var
+    are those of each group of `group` consecutive images (None: the whole batch), so that the statistics do
+    not depend on the number of devices; PyTorch's DistributedDataParallel takes them over one device's
+    images. Running statistics follow the first group, as DistributedDataParallel's follow its first process,
+    with PyTorch's momentum of 0.1 and its unbiased variance.
+    """
+
+    epsilon: ClassVar[float] = 1e-5
+    momentum: ClassVar[float] = 0.1
+
+    def __init__(self, features: int, *, group: int | None = None, dtype: DTypeLike = jnp.float32):
+        param_dtype = at_least_float32(dtype)
+        self.group = group
+        self.scale = nnx.Param(jnp.ones(features, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(features, param_dtype))
+        self.mean = nnx.BatchStat(jnp.zeros(features, param_dtype))
+        self.var = nnx.BatchStat(jnp.ones(features, param_dtype))
+
+    def __call__(
+        self,
+        x: Float[Array, "batch height width channels"],
+        *,
+        train: bool = False,
+        where: Bool[Array, " batch"] | None = None,
+    ) -> Float[Array, "batch height width channels"]:
+        """Return `x` normalised, in `x`'s type; in training, also update the running statistics.
+
+        Args:
+            x: activations.
+            train: use the batch's statistics instead of the running ones.
+            where: the images that count. Others are normalised, but do not enter the statistics.
+
+        Raises:
+            ValueError: the batch is not a whole number of groups.
+        """
+        batch = len(x)
+        group = min(self.group or batch, batch) if train else batch
+        if batch % group:
+            raise ValueError(f"bn_group={group} does not divide the batch of {batch} images")
+        y = rearrange(x.astype(at_least_float32(x.dtype)), "(g n) h w c -> g n h w c", n=group)
+        if train:
+            mean, var, count = _statistics(y, where)
+            self._update_running(mean[0], var[0], count[0])
+        else:
+            mean, var = self.mean[...][None], self.var[...][None]
+        factor = jax.lax.rsqrt(var + self.epsilon) * self.scale[...][None]
+        mean, factor, bias = (rearrange(v, "g c -> g 1 1 1 c") for v in (mean, factor, self.bias[...][None]))
+        return rearrange((y - mean) * factor + bias, "g n h w c -> (g n) h w c").astype(x.dtype)
+
+    def _update_running(self, mean: Array, var: Array, count: Array) -> None:
+        unbiased = var * (count / jnp.maximum(count - 1, 1))
+        for running, new in ((self.mean, mean), (self.var, unbiased)):
+            running[...] = (1 - self.momentum) * running[...] + self.momentum * jax.lax.stop_gradient(new)
+
+
+def _statistics(
+    x: Float[Array, "g n h w c"], where: Bool[Array, " batch"] | None
+) -> tuple[Float[Array, "g c"], Float[Array, "g c"], Float[Array, " g"]]:
+    """Return the mean, the biased variance and the number of samples of each group, per channel."""
+    if where is None:
+        weight = jnp.ones(x.shape[:2], x.dtype)
+    else:
+        valid = rearrange(where, "(g n) -> g n", n=x.shape[1])
+        # A group of padding alone keeps finite statistics (its own), or 0 · inf would poison the gradient.
+        weight = (valid | ~valid.any(1, keepdims=True)).astype(x.dtype)
+    count = reduce(weight, "g n -> g", "sum") * x.shape[2] * x.shape[3]
+    weight = rearrange(weight, "g n -> g n 1 1 1")
+    mean = reduce(x * weight, "g n h w c -> g c", "sum") / count[:, None]
+    deviation = x - rearrange(mean, "g c -> g 1 1 1 c")
+    var = reduce(deviation**2 * weight, "g n h w c -> g c", "sum") / count[:, None]
+    return mean, var, count
+
+
+def conv(
+    in_features: int,
+    out_features: int,
+    size: int,
+    *,
+    stride: int = 1,
+    dtype: DTypeLike = jnp.float32,
+    kernel_init: nnx.Initializer = he_normal,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """Make a size×size convolution without bias, padded by size // 2 on every side as in PyTorch."""
+    return nnx.Conv(
+        in_features,
+        out_features,
+        (size, size),
+        strides=stride,
+        padding=[(size // 2, size // 2)] * 2,
+        use_bias=False,
+        dtype=dtype,
+        param_dtype=at_least_float32(dtype),
+        kernel_init=kernel_init,
+        rngs=rngs,
+    )

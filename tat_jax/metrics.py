@@ -1,0 +1,134 @@
+"""Measurements on their way out: a JSON line and TensorBoard events per row, and the progress bar."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm.auto import tqdm
+
+Row = dict[str, float]
+
+
+class MetricWriter:
+    """Append rows to `folder/metrics.jsonl` and TensorBoard events beside it.
+
+    Rows later than `step`, which a run that was cut off left behind, are removed first.
+
+    Args:
+        folder: the run's folder.
+        step: the step from which the run continues.
+        active: write at all; of several processes only one does.
+    """
+
+    def __init__(self, folder: Path, step: int, *, active: bool = True):
+        self._active = active
+        if not active:
+            return
+        path = folder / "metrics.jsonl"
+        kept = [row for row in read_rows(folder) if row["step"] <= step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.replace(path)
+        self._lines = path.open("a")
+        self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._active:
+            self._lines.close()
+            self._events.close()
+
+    def write(self, step: int, row: Row) -> None:
+        """Write one row, as in `{"train/loss": 1.5}`."""
+        if not self._active:
+            return
+        self._lines.write(json.dumps({"step": step, **row}) + "\n")
+        self._lines.flush()
+        for name, value in row.items():
+            self._events.add_scalar(name, value, step)
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run so far, without one that was cut off while it was written."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def progress(
+    total: int, *, initial: int = 0, description: str, leave: bool = True, show: bool = True
+) -> tqdm:
+    """Return a bar that counts images: done, images/s and the time left.
+
+    Where nobody watches, as in a log file, it writes a line a minute instead of ten a second.
+    """
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=description,
+        unit=" images",
+        leave=leave,
+        disable=not show,
+        mininterval=0.1 if sys.stderr.isatty() else 60,
+        dynamic_ncols=True,
+        smoothing=0.05,
+    )
+
+
+class StepLog:
+    """Log each step's measurements one step late, so that the host never waits for the device."""
+
+    def __init__(self, writer: MetricWriter, bar: tqdm, every: int):
+        self._writer, self._bar, self._every = writer, bar, every
+        self._pending: tuple[int, Mapping[str, Any], int] | None = None
+        self._rows: list[Row] = []
+        self._images, self._since = 0, time.monotonic()
+
+    def add(self, metrics: Mapping[str, Any], step: int, *, images: int) -> None:
+        """Take the measurements of the step that led from `step` to `step` + 1 over so many images."""
+        self._read()
+        self._pending = step, metrics, images
+
+    def flush(self) -> None:
+        """Read the step that is still pending."""
+        self._read()
+        self._since, self._images = time.monotonic(), 0
+
+    def _read(self) -> None:
+        if self._pending is None:
+            return
+        (step, metrics, images), self._pending = self._pending, None
+        row = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not math.isfinite(row["loss"]):
+            terms = ", ".join(f"{name} {value:g}" for name, value in row.items())
+            raise FloatingPointError(f"the loss of step {step} is {row['loss']} ({terms})")
+        self._rows.append(row)
+        self._images += images
+        self._bar.update(images)
+        self._bar.set_postfix({name: f"{row[name]:.3g}" for name in row if _is_loss(name)}, refresh=False)
+        if (step + 1) % self._every == 0:
+            means = {name: math.fsum(row[name] for row in self._rows) / len(self._rows) for name in row}
+            means["images_per_second"] = self._images / (time.monotonic() - self._since)
+            self._writer.write(step + 1, {f"train/{name}": value for name, value in means.items()})
+            self._rows, self._images, self._since = [], 0, time.monotonic()
+
+
+def _is_loss(name: str) -> bool:
+    return name in ("loss", "cross_entropy", "kl") or name.startswith("tat_")

@@ -1,0 +1,58 @@
+"""Pictures of runs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def plot_run(rows: Rows, path: Path) -> None:
+    """Draw the loss terms and the validation accuracy of one run against the step."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    for name in sorted({name for row in rows for name in row if name.startswith("train/")}):
+        if name.split("/")[1].split("_")[0] in ("loss", "cross", "kl", "tat"):
+            loss.plot(*_column(rows, name), label=name.removeprefix("train/"))
+    loss.set(xlabel="step", ylabel="loss", title="Training", yscale="log")
+    for name, label in (("eval/top1", "top-1"), ("eval/top5", "top-5")):
+        steps, values = _column(rows, name)
+        accuracy.plot(steps, 100 * values, marker=".", label=label)
+    accuracy.set(xlabel="step", ylabel="accuracy, %", title="Validation")
+    for axes in (loss, accuracy):
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_study(runs: Mapping[str, Sequence[Rows]], teacher: float, path: Path) -> None:
+    """Draw mean and standard deviation of the test top-1 over the seeds of each variant, by epoch.
+
+    Args:
+        runs: for each variant the rows of its seeds.
+        teacher: the teacher's top-1, a fraction.
+        path: the picture.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(100 * teacher, color="black", linestyle="--", label=f"teacher {teacher:.1%}")
+    for name, seeds in runs.items():
+        epochs = _column(seeds[0], "eval/top1", by="epoch")[0]
+        values = 100 * np.stack([_column(rows, "eval/top1")[1] for rows in seeds])
+        mean, deviation = values.mean(0), values.std(0, ddof=1) if len(seeds) > 1 else 0
+        (line,) = axes.plot(epochs, mean, label=f"{name} {mean[-1]:.1f} %")
+        axes.fill_between(epochs, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.2)
+    axes.set(xlabel="epoch", ylabel="test top-1, %", title="Students, mean ± standard deviation over seeds")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def _column(rows: Rows, name: str, by: str = "step") -> tuple[np.ndarray, np.ndarray]:
+    chosen = [(row[by], row[name]) for row in rows if name in row]
+    steps, values = zip(*chosen, strict=True) if chosen else ((), ())
+    return np.array(steps), np.array(values)

@@ -1,0 +1,48 @@
+"""The devices as one axis, `data`, and the two ways an array lies on them."""
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+# What starts several processes names itself in the environment: SLURM, Open MPI, or an explicit address.
+_CLUSTER_SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+_CLUSTER_ADDRESSES = ("JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES")
+
+
+def start_processes() -> None:
+    """Join the other processes of this job, where the environment says that there are any."""
+    several = any(int(os.environ.get(name, 1)) > 1 for name in _CLUSTER_SIZES)
+    several |= any("," in os.environ.get(name, "") for name in _CLUSTER_ADDRESSES[1:])
+    if several or os.environ.get(_CLUSTER_ADDRESSES[0]):
+        jax.distributed.initialize()
+
+
+def make_mesh() -> Mesh:
+    """Return the mesh of all devices of all processes, with the one axis `data`."""
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of parameters: whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batched(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of batches: the first axis split over the devices."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Raise a ValueError unless the devices share a batch evenly."""
+    if batch_size % mesh.size:
+        raise ValueError(f"batch_size={batch_size} is not a multiple of the {mesh.size} devices")
+
+
+def put_batches(batches: Iterable[Any], mesh: Mesh) -> Iterator[Any]:
+    """Yield each batch of this process's rows as a global array split over the devices."""
+    sharding = batched(mesh)
+    for batch in batches:
+        yield jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

@@ -1,0 +1,213 @@
+"""One training run: from a config to a folder of checkpoints, metrics and a picture."""
+
+import functools
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from tat_jax import distill, report, sharding
+from tat_jax.checkpoint import RunCheckpoints
+from tat_jax.data.pipeline import Pipeline, open_pipeline
+from tat_jax.distill import Batch, Task, TrainState
+from tat_jax.evaluate import evaluate
+from tat_jax.metrics import MetricWriter, Row, StepLog, progress, read_rows
+from tat_jax.networks import BuiltNetwork
+from tat_jax.task import prepare
+
+# Fields in which two runs of one folder may differ; any other makes it another training.
+_MAY_CHANGE = {"epochs", "log_every", "checkpoint_minutes", "data.root", "data.threads", "data.skip_broken"}
+
+
+class Interrupted(Exception):
+    """Training was asked to stop, and what it had done is saved."""
+
+
+def run(
+    config: ConfigDict,
+    folder: str | Path,
+    *,
+    student: nnx.Module | None = None,
+    teacher: nnx.Module | None = None,
+) -> dict[str, Row]:
+    """Train the student of `config` in `folder`, continuing where an earlier run of the same config stopped.
+
+    The order within an epoch is fixed: steps, evaluation, log, checkpoint. So a checkpoint lacks nothing of
+    what its step did, and what was logged after the latest one is dropped and done again.
+
+    Args:
+        config: as the functions in `configs/` return it.
+        folder: where the run lives.
+        student: a network of your own instead of the config's: called as `student(images, train=…, where=…)`
+            it returns logits and sows its taps.
+        teacher: likewise.
+
+    Returns:
+        The rows of the evaluation after the `last` epoch and after the `best`, with `eval/top1`.
+
+    Raises:
+        FileNotFoundError: data or weights are missing.
+        ValueError: the config is no training, or not that of `folder`.
+        FloatingPointError: the loss is not finite.
+        Interrupted: SIGINT or SIGTERM came.
+    """
+    folder = Path(folder)
+    mesh = sharding.make_mesh()
+    sharding.check_batch_size(config.batch_size, mesh)
+    train_data, eval_data = open_pipeline(config, "train"), open_pipeline(config, "val")
+    images, steps = len(train_data.source), train_data.steps_per_epoch
+    last_step = config.epochs * steps
+    task, state, teacher_state, network = prepare(
+        config,
+        mesh,
+        num_classes=train_data.source.num_classes,
+        steps_per_epoch=steps,
+        student=student,
+        teacher=teacher,
+    )
+    _keep_config(config, folder)
+    step_fn = jax.jit(
+        functools.partial(distill.train_step, task),
+        donate_argnums=0,
+        out_shardings=(sharding.replicated(mesh), sharding.replicated(mesh)),
+    )
+    show = jax.process_index() == 0
+
+    with RunCheckpoints(folder) as checkpoints, _stop_requests() as stop_requested:
+        state, position = checkpoints.restore(state) or (state, {"epoch": 0, "batch": 0})
+        step = int(state.step)
+        if show:
+            print(_summary(folder, network, task, train_data, eval_data, mesh, step), flush=True)
+        done = position["epoch"] * images + position["batch"] * config.batch_size
+        with (
+            progress(config.epochs * images, initial=done, description=folder.name, show=show) as bar,
+            MetricWriter(folder, step, active=show) as writer,
+        ):
+            log = StepLog(writer, bar, config.log_every)
+            saved = time.monotonic()
+            for epoch in range(position["epoch"], config.epochs):
+                start = position["batch"] if epoch == position["epoch"] else 0
+                for batch in sharding.put_batches(train_data.epoch(epoch, start_step=start), mesh):
+                    state, metrics = step_fn(state, teacher_state, Batch(**batch))
+                    log.add(
+                        metrics,
+                        step,
+                        images=min(config.batch_size, images - step % steps * config.batch_size),
+                    )
+                    step += 1
+                    evaluation = None
+                    if step == last_step or step % (steps * config.eval_every) == 0:
+                        log.flush()
+                        accuracy = evaluate(*_network(task, state), eval_data, mesh, show=show)
+                        evaluation = {"top1": accuracy.top1, "top5": accuracy.top5}
+                        row = {f"eval/{name}": value for name, value in evaluation.items()}
+                        writer.write(step, row | {"epoch": epoch + 1, "skipped": len(train_data.skipped)})
+                        bar.write(f"{folder.name}: epoch {epoch + 1}/{config.epochs}  {accuracy}")
+                    if (
+                        evaluation
+                        or stop_requested()
+                        or time.monotonic() - saved > 60 * config.checkpoint_minutes
+                    ):
+                        log.flush()
+                        position = {"seed": config.seed, "epoch": step // steps, "batch": step % steps}
+                        checkpoints.save(
+                            state, arguments=network.arguments, data=position, metrics=evaluation
+                        )
+                        saved = time.monotonic()
+                    if stop_requested() and step < last_step:
+                        raise Interrupted(f"stopped at step {step} of {last_step}")
+
+    rows = read_rows(folder)
+    if show:
+        report.plot_run(rows, folder / "curves.png")
+    evaluated = [row for row in rows if "eval/top1" in row]
+    return {"last": evaluated[-1], "best": max(evaluated, key=lambda row: row["eval/top1"])}
+
+
+def _network(task: Task, state: TrainState) -> tuple[nnx.GraphDef, nnx.State]:
+    """Return the structure and the arrays of the student."""
+    return nnx.split(nnx.merge(task.distillation, state.params, state.batch_stats).student)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a request that the loop sees; the second acts as always."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    received = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        print("\nstopping after this step; once more stops at once", flush=True)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _keep_config(config: ConfigDict, folder: Path) -> None:
+    """Write the config into the run's folder, or check that it is the one that lies there.
+
+    Raises:
+        ValueError: the folder holds another training; every field that differs is named.
+    """
+    path = folder / "config.json"
+    new = json.loads(config.to_json())
+    if path.exists():
+        old, fields = _flat(json.loads(path.read_text())), _flat(new)
+        changed = [
+            f"  {name}: {old.get(name)} there, {fields.get(name)} now"
+            for name in sorted(old.keys() | fields.keys())
+            if old.get(name) != fields.get(name) and name not in _MAY_CHANGE
+        ]
+        if changed:
+            raise ValueError(
+                "\n".join([f"{folder} holds a run of another config; choose another --workdir:", *changed])
+            )
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(new, indent=2) + "\n")
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _summary(
+    folder: Path,
+    student: BuiltNetwork,
+    task: Task,
+    train_data: Pipeline,
+    eval_data: Pipeline,
+    mesh: Mesh,
+    step: int,
+) -> str:
+    terms = [f"{weight:g}·{name}" for name, weight in task.weights.of_logits().items()]
+    terms += [f"{tat.weight:g}·tat({tap}, {tat.heads} heads)" for tap, tat in task.weights.of_taps().items()]
+    return "\n".join(
+        [
+            f"{folder}: {'continues from step ' + str(step) if step else 'starts'}",
+            f"  student  {student.arguments.get('architecture', type(student.model).__name__)}"
+            f" from {student.origin['source']}, head {student.origin['head']}",
+            f"  loss     {' + '.join(terms)}",
+            f"  data     {len(train_data.source):,} training images, {len(eval_data.source):,} to validate,"
+            f" {train_data.source.num_classes} classes, {train_data.steps_per_epoch:,} steps an epoch",
+            f"  devices  {mesh.size} × {mesh.devices.flat[0].device_kind}",
+        ]
+    )
