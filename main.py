@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> None:
     """Run the experiment that the flags name."""
     if len(arguments) > 1:
         raise app.UsageError(f"unknown argument {arguments[1]!r}; flags begin with --")
-    name = Path(flags.FLAGS["config"].config_filename.split(":")[0]).stem
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
     workdir = Path(_WORKDIR.value or Path("runs") / name)
 
     import jax  # these after the flags, so that --help answers at once

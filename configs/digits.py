@@ -17,7 +17,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.eval_every = 6
     config.log_every = 5
     config.student = base.network("resnet18", "random", small_images=True, width=8)
-    config.teacher = base.network("resnet18", "random", small_images=True, width=32)
+    config.teacher = base.network("resnet18", "random", small_images=True, width=16)
     config.optimizer.update({"learning_rate": 3e-3, "milestones": (40, 54)})
     config.data.update(
         {
@@ -36,7 +36,7 @@ def get_config(argument: str = "") -> ConfigDict:
             # What differs from the above, for the teacher and for each kind of student.
             "teacher": {
                 "epochs": 12,
-                "student": {"width": 32},
+                "student": {"width": 16},
                 "optimizer": {"milestones": (8, 11)},
                 "data": {"labels_per_class": 100},
             },

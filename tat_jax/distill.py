@@ -109,7 +109,7 @@ class TrainState(NamedTuple):
 
 def init_state(distillation: Distillation, optimizer: optax.GradientTransformation) -> TrainState:
     """Return the state before the first step."""
-    _, params, batch_stats = nnx.split(distillation, nnx.Param, nnx.BatchStat)
+    params, batch_stats = nnx.state(distillation, nnx.Param, nnx.BatchStat)
     return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
 
 

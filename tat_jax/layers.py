@@ -1,17 +1,43 @@
 """Layers with PyTorch's constants: convolution, batch normalisation and their initialisations."""
 
+import functools
+import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange, reduce
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float
 
-# torchvision: kaiming_normal_(mode="fan_out", nonlinearity="relu").
-he_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+def _drawn_on_host(draw: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]) -> nnx.Initializer:
+    """Return an initialiser that draws with NumPy.
+
+    With jax.random, every shape of a network compiles a program of its own, for ten seconds and more in all.
+    """
+
+    def initialize(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        def array(data: Array) -> np.ndarray:
+            return draw(np.random.default_rng(np.asarray(data)), shape).astype(dtype)
+
+        return jax.pure_callback(array, jax.ShapeDtypeStruct(shape, dtype), jax.random.key_data(key))
+
+    return initialize
+
+
+@functools.cache  # so that networks of one kind have equal graph definitions, and compile once
+def uniform(bound: float) -> nnx.Initializer:
+    """Return an initialiser that draws uniformly from ±`bound`."""
+    return _drawn_on_host(lambda rng, shape: rng.uniform(-bound, bound, shape))
+
+
+# torchvision's kaiming_normal_(mode="fan_out", nonlinearity="relu"), on kernels [height, width, in, out].
+he_normal = _drawn_on_host(lambda rng, s: rng.normal(0, math.sqrt(2 / (s[0] * s[1] * s[3])), s))
 # PyTorch's default for convolutions and linear layers: uniform in ±1/sqrt(fan_in).
-torch_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+torch_uniform = _drawn_on_host(lambda rng, s: rng.uniform(-1, 1, s) / math.sqrt(math.prod(s[:-1])))
 
 
 def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
@@ -111,7 +137,7 @@ def conv(
         out_features,
         (size, size),
         strides=stride,
-        padding=[(size // 2, size // 2)] * 2,
+        padding=((size // 2, size // 2),) * 2,
         use_bias=False,
         dtype=dtype,
         param_dtype=at_least_float32(dtype),

@@ -8,13 +8,12 @@ leaves: `layer1.0.conv1.weight` is `layer1.0.conv1.kernel` here.
 from collections.abc import Sequence
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from einops import reduce
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float
 
-from tat_jax.layers import BatchNorm, at_least_float32, conv, torch_uniform
+from tat_jax.layers import BatchNorm, at_least_float32, conv, torch_uniform, uniform
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -136,7 +135,7 @@ class ResNet(nnx.Module):
             dtype=dtype,
             param_dtype=at_least_float32(dtype),
             kernel_init=torch_uniform,
-            bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -1, 1) / features**0.5,
+            bias_init=uniform(features**-0.5),
             rngs=rngs,
         )
 

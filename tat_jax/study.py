@@ -43,7 +43,8 @@ def run(config: ConfigDict, folder: str | Path) -> str:
 
 def _variant(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
     variant = config.copy_and_resolve_references()
-    del variant.study
+    with variant.unlocked():
+        del variant.study
     variant.update(changes)
     return variant
 

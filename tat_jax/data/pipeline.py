@@ -1,0 +1,178 @@
+"""Batches of a source: the same ones whatever the number of threads and of processes, from any step."""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import TypedDict
+
+import grain
+import jax
+import numpy as np
+from jaxtyping import Bool, Int32, UInt8
+from ml_collections import ConfigDict
+
+from tat_jax.data.sources import Source, open_source
+from tat_jax.data.transforms import DecodeError, decode, eval_transform, train_transform
+
+# Rows that one thread makes at a time. Less than a batch, so that all threads work on the first batch of an
+# epoch and on the last; enough that handing them over costs nothing.
+_ROWS = 32
+
+_Rows = tuple[np.ndarray, np.ndarray, np.ndarray]  # image, label, where
+
+
+class Batch(TypedDict):
+    """The rows of one process; `where` is False for padding and for files that do not decode."""
+
+    image: UInt8[np.ndarray, "batch size size 3"]
+    label: Int32[np.ndarray, " batch"]
+    where: Bool[np.ndarray, " batch"]
+
+
+class Pipeline:
+    """Decode, transform and batch the images of a source.
+
+    Order and augmentation of an image follow from the seed, the epoch and the image alone. The last batch of
+    an epoch is padded, never dropped.
+
+    Args:
+        source: the images.
+        data: how they are transformed, as in `configs/base.py`.
+        batch_size: images a step, over all processes.
+        train: shuffle and augment; else each image comes once, in order, as `eval_transform` gives it.
+        seed: not negative.
+        process_index: which rows of each batch come here.
+        process_count: how many processes share a batch evenly.
+        threads: that read ahead; 0 reads in the caller's.
+
+    Attributes:
+        source: the images.
+        steps_per_epoch: batches an epoch.
+        skipped: names of the files that did not decode, by index. `data.skip_broken` asks for that;
+            else the first one stops the iteration.
+
+    Raises:
+        ValueError: the processes cannot share a batch, or the images are smaller than their crop.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        data: ConfigDict,
+        *,
+        batch_size: int,
+        train: bool,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        threads: int,
+    ):
+        if batch_size < 1 or batch_size % process_count:
+            raise ValueError(f"batch_size={batch_size} is not a multiple of the {process_count} processes")
+        if data.eval_resize < data.image_size:
+            raise ValueError(f"data.eval_resize={data.eval_resize} is less than image_size={data.image_size}")
+        self.source = source
+        self.steps_per_epoch = -(-len(source) // batch_size)
+        self.skipped: dict[int, str] = {}
+        self._data = data
+        self._batch_size = batch_size
+        self._local_size = batch_size // process_count
+        self._first_row = process_index * self._local_size
+        self._parts = -(-self._local_size // _ROWS)
+        self._train = train
+        self._seed = seed
+        self._threads = threads
+
+    def epoch(self, index: int, start_step: int = 0) -> Iterator[Batch]:
+        """Yield this process's rows of the batches of epoch `index` from `start_step` on.
+
+        Raises:
+            DecodeError: a file is no image, unless `data.skip_broken`.
+        """
+        order = np.arange(len(self.source))
+        if self._train:
+            self._rng(index, 0).shuffle(order)
+        parts = grain.MapDataset.range(start_step * self._parts, self.steps_per_epoch * self._parts)
+        reader = iter(
+            parts.map(lambda part: self._try_rows(index, order, part)).to_iter_dataset(
+                grain.ReadOptions(
+                    num_threads=self._threads, prefetch_buffer_size=max(self._threads, 2 * self._parts)
+                )
+            )
+        )
+        try:
+            while rows := list(islice(reader, self._parts)):
+                for part in rows:
+                    if isinstance(part, Exception):
+                        raise part
+                image, label, where = map(np.concatenate, zip(*rows, strict=True))
+                yield Batch(image=image, label=label, where=where)
+        finally:
+            reader.close()
+
+    def _try_rows(self, epoch: int, order: np.ndarray, part: int) -> _Rows | Exception:
+        """Return an exception instead of raising it: Grain would add remarks of its own to its message."""
+        try:
+            return self._rows(epoch, order, part)
+        except Exception as error:
+            return error
+
+    def _rows(self, epoch: int, order: np.ndarray, part: int) -> _Rows:
+        """Return consecutive rows; what the source does not fill stays zero."""
+        step, part = divmod(part, self._parts)
+        rows = min(_ROWS, self._local_size - part * _ROWS)
+        first = step * self._batch_size + self._first_row + part * _ROWS
+        size = self._data.image_size
+        image = np.zeros((rows, size, size, 3), np.uint8)
+        label = np.zeros(rows, np.int32)
+        where = np.zeros(rows, bool)
+        for row, index in enumerate(order[first : first + rows].tolist()):
+            example = self.source[index]
+            try:
+                pixels = (
+                    decode(example.image, example.name) if isinstance(example.image, bytes) else example.image
+                )
+            except DecodeError:
+                if not self._data.skip_broken:
+                    raise
+                self.skipped[index] = example.name
+                continue
+            image[row] = self._transform(pixels, epoch, index)
+            label[row] = example.label
+            where[row] = True
+        return image, label, where
+
+    def _transform(self, pixels: np.ndarray, epoch: int, index: int) -> np.ndarray:
+        data = self._data
+        if not self._train:
+            return eval_transform(pixels, resize=data.eval_resize, size=data.image_size)
+        return train_transform(
+            pixels,
+            self._rng(epoch, 1 + index),
+            size=data.image_size,
+            scale=data.crop_scale,
+            ratio=data.crop_ratio,
+            flip=data.flip,
+        )
+
+    def _rng(self, epoch: int, stream: int) -> np.random.Generator:
+        """Return a generator of its own for the order (stream 0) and for each image of an epoch."""
+        return np.random.default_rng((self._seed, epoch, stream))
+
+
+def open_pipeline(config: ConfigDict, split: str) -> Pipeline:
+    """Open the split `train` or `val` of a config's data for this process.
+
+    Raises:
+        FileNotFoundError: the images are not there.
+        ValueError: the config does not fit them or itself.
+    """
+    return Pipeline(
+        open_source(config.data, split),
+        config.data,
+        batch_size=config.batch_size,
+        train=split == "train",
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=config.data.threads,
+    )

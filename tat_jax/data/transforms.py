@@ -1,0 +1,128 @@
+"""Transforms of single images on the host, in uint8, as torchvision has them on Pillow images."""
+
+import io
+import math
+import warnings
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+# Those of torchvision's file extensions. Pillow knows more, and starts Ghostscript for one of them.
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+# 268 MB as RGB: where Pillow begins to suspect a decompression bomb.
+_MAX_PIXELS = 89_478_485
+
+# What Pillow warns of, `decode` rejects or torchvision ignores. Threads share the filters, so that they
+# cannot be set around each call.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class DecodeError(ValueError):
+    """A file is no readable image; the message names it."""
+
+
+def decode(image: bytes, name: str) -> UInt8[np.ndarray, "height width 3"]:
+    """Decode an image file to RGB as torchvision does: the EXIF orientation is not applied.
+
+    Args:
+        image: the whole file.
+        name: what errors call it.
+
+    Raises:
+        DecodeError: the bytes are no image, are cut short, or claim more than 89 million pixels.
+    """
+    if not image:
+        raise DecodeError(f"{name}: the file is empty")
+    # Pillow's readers raise whatever their parsing meets: OSError, SyntaxError, struct.error, IndexError …
+    try:
+        with Image.open(io.BytesIO(image), formats=_FORMATS) as opened:
+            pixels = opened.width * opened.height
+            if pixels <= _MAX_PIXELS:
+                return np.asarray(opened.convert("RGB"))
+    except Image.UnidentifiedImageError:
+        raise DecodeError(f"{name}: not an image; it begins with {image[:16]!r}") from None
+    except Exception as error:
+        raise DecodeError(f"{name}: {error}") from error
+    raise DecodeError(f"{name}: {pixels:,} pixels, more than the {_MAX_PIXELS:,} allowed")
+
+
+def random_resized_crop_box(
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[int, int, int, int]:
+    """Draw the (top, left, height, width) of a crop, distributed as in torchvision's RandomResizedCrop.
+
+    Args:
+        height: of the image.
+        width: of the image.
+        rng: is advanced.
+        scale: the range of the crop's share of the image's area, drawn uniformly.
+        ratio: the range of width / height, drawn uniformly in its logarithm. After ten crops that do not
+            fit, the answer is the largest central one within the range.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(low, high))
+        crop_width = round(math.sqrt(area * aspect))
+        crop_height = round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = rng.integers(height - crop_height, endpoint=True)
+            left = rng.integers(width - crop_width, endpoint=True)
+            return int(top), int(left), crop_height, crop_width
+    crop_height, crop_width = height, width
+    if width / height < ratio[0]:
+        crop_height = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        crop_width = round(height * ratio[1])
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def train_transform(
+    image: UInt8[np.ndarray, "height width 3"],
+    rng: np.random.Generator,
+    *,
+    size: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    flip: bool,
+) -> UInt8[np.ndarray, "size size 3"]:
+    """Crop at random, resize bilinearly with antialias and flip half of the images, as torchvision does.
+
+    Args:
+        image: RGB.
+        rng: is advanced.
+        size: of the result.
+        scale: see `random_resized_crop_box`.
+        ratio: likewise.
+        flip: mirror left and right with probability ½.
+    """
+    top, left, height, width = random_resized_crop_box(image.shape[0], image.shape[1], rng, scale, ratio)
+    # Cropped first: the filter of a resize reads no pixel outside the crop.
+    crop = Image.fromarray(image[top : top + height, left : left + width])
+    resized = np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
+    return resized[:, ::-1] if flip and rng.random() < 0.5 else resized
+
+
+def eval_transform(
+    image: UInt8[np.ndarray, "height width 3"], *, resize: int, size: int
+) -> UInt8[np.ndarray, "size size 3"]:
+    """Resize the shorter side to `resize` and take the centre, rounding as torchvision does.
+
+    Raises:
+        ValueError: the centre is larger than what it is cut from.
+    """
+    if resize < size:
+        raise ValueError(f"a centre of {size} pixels cannot be cut from a shorter side of {resize}")
+    height, width = image.shape[:2]
+    short, long = min(height, width), max(height, width)
+    resized_long = int(resize * long / short)
+    shape = (resize, resized_long) if width <= height else (resized_long, resize)
+    resized = np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BILINEAR))
+    top = round((resized.shape[0] - size) / 2)
+    left = round((resized.shape[1] - size) / 2)
+    return resized[top : top + size, left : left + size]
