@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -11,7 +12,9 @@ _CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tat_j
 _DEMO = Path(__file__).parent / "configs" / "digits.py"
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", str(_DEMO), "The experiment, as in configs/r18_r34.py; :smoke after it is its miniature."
+    "config",
+    None,
+    "The experiment, as in configs/r18_r34.py; :smoke after it is its miniature. By default a demonstration.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; runs/<name of the config> if not given.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate a network.")
@@ -27,35 +30,55 @@ def main(arguments: list[str]) -> None:
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
     workdir = Path(_WORKDIR.value or Path("runs") / name)
 
-    import jax  # these after the flags, so that --help answers at once
+    import jax  # this and all below after the flags, so that --help answers at once
 
     from tat_jax import evaluate, sharding, study, train
 
     jax.config.update("jax_compilation_cache_dir", str(_CACHE))
     sharding.start_processes()
-    if _MODE.value == "eval":
-        print(evaluate.run(_run_config(workdir), workdir, _CHECKPOINT.value))
-    elif "study" in _CONFIG.value:
-        print(
-            f"\n{study.run(_CONFIG.value, workdir)}\n\nrun folder: {workdir}   picture: {workdir}/curves.png"
-        )
-    else:
-        result = train.run(_CONFIG.value, workdir)
-        for which, row in result.items():
-            print(
-                f"{which:5} epoch {row['epoch']}: top-1 {row['eval/top1']:.2%}  top-5 {row['eval/top5']:.2%}"
-            )
-        print(f"run folder: {workdir}")
+    try:
+        if _MODE.value == "eval":
+            print(evaluate.run(_run_config(workdir), workdir, _CHECKPOINT.value))
+            return
+        if "study" in _CONFIG.value:
+            print(f"\n{study.run(_CONFIG.value, workdir)}\n")
+        else:
+            for which, row in train.run(_CONFIG.value, workdir).items():
+                accuracy = f"top-1 {row['eval/top1']:.2%}  top-5 {row['eval/top5']:.2%}"
+                print(f"{which:4}  epoch {row['epoch']:3}  {accuracy}")
+        print(f"run folder {workdir}, picture {workdir / 'curves.png'}")
+    except train.Interrupted as stopped:
+        print(f"{stopped}; the same command continues from there", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError) as error:
+        logging.debug("in full:", exc_info=error)  # shown with --verbosity=1
+        sys.exit(f"error: {error}")
 
 
 def _run_config(workdir: Path) -> ConfigDict:
     """Return the config of the run in `workdir`, unless --config names another."""
     kept = workdir / "config.json"
-    if flags.FLAGS["config"].using_default_value and kept.exists():
+    if config_flags.get_config_filename(flags.FLAGS["config"]) == str(_DEMO) and kept.exists():
         return ConfigDict(json.loads(kept.read_text()))
     return _CONFIG.value
 
 
+def _parse_flags(arguments: list[str]) -> list[str]:
+    """Parse the flags, or say in a line or two which one is wrong and what may have been meant."""
+    if not any(argument.lstrip("-").split("=")[0] == "config" for argument in arguments[1:]):
+        arguments = [arguments[0], f"--config={_DEMO}", *arguments[1:]]
+    try:
+        return flags.FLAGS(arguments)
+    except flags.Error as error:
+        sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # config_flags wraps the ConfigDict's own message in other exceptions.
+        message: object = error
+        while isinstance(message, Exception) and message.args:
+            message = message.args[0]
+        sys.exit(f"error: {message}")
+
+
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save
-    app.run(main)
+    logging.set_verbosity(logging.ERROR)  # Orbax reports every step of every save
+    app.run(main, flags_parser=_parse_flags)

@@ -117,15 +117,21 @@ def load_network(folder: Path) -> Network:
     if not (folder / "student").is_dir() or not (folder / "network").is_dir():
         raise FileNotFoundError(f"no network in {folder} (it would hold the folders student and network)")
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            tree = checkpointer.metadata(folder / "student").item_metadata.tree
-            on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            weights = checkpointer.restore(folder / "student", ocp.args.PyTreeRestore(restore_args=on_host))
+        weights = load_item(folder / "student")
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             network = checkpointer.restore(folder / "network")
     except Exception as error:  # Orbax raises whatever its storage layers raise.
         raise ValueError(f"cannot read the network in {folder}: {error}") from error
     return Network(dict(weights), network["arguments"], network["origin"])
+
+
+def load_item(folder: Path) -> Any:
+    """Read the arrays of one item of a checkpoint onto the host."""
+    folder = Path(folder).absolute()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.metadata(folder).item_metadata.tree
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(folder, ocp.args.PyTreeRestore(restore_args=on_host))
 
 
 class RunCheckpoints:

@@ -51,7 +51,8 @@ def run(
         teacher: likewise.
 
     Returns:
-        The rows of the evaluation after the `last` epoch and after the `best`, with `eval/top1`.
+        The rows of the evaluation after the `last` epoch and after the `best` (of equal ones, the later),
+        with `eval/top1`.
 
     Raises:
         FileNotFoundError: data or weights are missing.
@@ -129,7 +130,7 @@ def run(
     if show:
         report.plot_run(rows, folder / "curves.png")
     evaluated = [row for row in rows if "eval/top1" in row]
-    return {"last": evaluated[-1], "best": max(evaluated, key=lambda row: row["eval/top1"])}
+    return {"last": evaluated[-1], "best": max(evaluated, key=lambda row: (row["eval/top1"], row["step"]))}
 
 
 def _network(task: Task, state: TrainState) -> tuple[nnx.GraphDef, nnx.State]:

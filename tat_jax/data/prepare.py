@@ -26,7 +26,7 @@ def prepare(tars: Path, to: Path) -> dict[str, int]:
             raise FileNotFoundError(f"no file {tars / tar}; https://image-net.org/download-images has it")
     for package in ("tensorflow", "importlib_resources"):
         if find_spec(package) is None:
-            raise ModuleNotFoundError(f"{package} is missing; `pip install 'tat-jax[prepare]'` installs it")
+            raise ModuleNotFoundError(f"{package} is missing; `pip install -e '.[prepare]'` installs it")
     # TensorFlow's remarks about the processor.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow_datasets as tfds

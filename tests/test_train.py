@@ -1,0 +1,221 @@
+"""A run: what it leaves behind, that it continues exactly, and what it refuses."""
+
+import json
+import os
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import base, digits, r18_r34, r18_r34_kd, supervised
+from tat_jax import checkpoint, evaluate, study, train
+from tat_jax.metrics import read_rows
+from tests.tiny import Tiny
+
+
+def config_of(**changes):
+    """Return a run of three steps an epoch, the last one short, on digits."""
+    config = base.base()
+    config.update({"epochs": 2, "batch_size": 16, "log_every": 1, "bn_group": 8})
+    config.loss.update({"alpha": 0.5, "beta": 0.5, "temperature": 2.0})
+    config.tat = {"layer1": base.tat(), "layer2": base.tat(0.5, heads=2)}
+    config.data.update(
+        {"source": "digits", "labels_per_class": 4, "image_size": 16, "eval_resize": 16, "threads": 1}
+    )
+    config.optimizer.milestones = (1,)
+    with config.ignore_type():
+        config.update(changes)
+    return config
+
+
+def run(config, folder):
+    """Train a tiny student of ten classes under a tiny teacher."""
+    student = Tiny(4, classes=10, bn_group=config.bn_group, rngs=nnx.Rngs(0))
+    teacher = Tiny(8, classes=10, rngs=nnx.Rngs(1))
+    return train.run(config, folder, student=student, teacher=teacher)
+
+
+def contents(folder):
+    """Return what the last checkpoint holds, and the rows but for their speed."""
+    step = checkpoint.last(folder)
+    items = {item: jax.tree.leaves(checkpoint.load_item(step / item)) for item in ("student", "training")}
+    rows = [
+        {name: value for name, value in row.items() if name != "train/images_per_second"}
+        for row in read_rows(folder)
+    ]
+    return items, rows
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Return the folder of a run of four epochs."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run(config_of(epochs=4), folder)
+    return folder
+
+
+def assert_same_run(folder, other):
+    (items, rows), (others, expected) = contents(folder), contents(other)
+    for item, leaves in items.items():
+        for leaf, value in zip(leaves, others[item], strict=True):
+            np.testing.assert_array_equal(leaf, value)
+    assert rows == expected
+
+
+def test_a_run_leaves_checkpoints_metrics_events_config_and_a_picture(uninterrupted):
+    rows = read_rows(uninterrupted)
+    steps = [row["step"] for row in rows if "train/loss" in row]
+    assert steps == list(range(1, 13))
+    assert [row["step"] for row in rows if "eval/top1" in row] == [3, 6, 9, 12]
+    logged = {name for row in rows for name in row}
+    assert {
+        "train/cross_entropy",
+        "train/kl",
+        "train/tat_layer2",
+        "train/learning_rate",
+        "train/gradient_norm",
+        "train/teacher_agreement",
+        "train/images_per_second",
+        "eval/top5",
+    } <= logged
+    assert "train/tat_layer1" not in logged
+    assert (uninterrupted / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list(uninterrupted.glob("events.out.tfevents.*"))
+    assert json.loads((uninterrupted / "config.json").read_text())["epochs"] == 4
+
+
+def test_the_rate_follows_the_milestones(uninterrupted):
+    rates = [row["train/learning_rate"] for row in read_rows(uninterrupted) if "train/loss" in row]
+    assert rates == pytest.approx([1.6e-3] * 3 + [1.6e-4] * 9)
+
+
+def test_the_best_and_the_last_checkpoint_are_kept_and_told(uninterrupted):
+    result = run(config_of(epochs=4), uninterrupted)
+    evaluated = [row for row in read_rows(uninterrupted) if "eval/top1" in row]
+    assert result == {"last": evaluated[-1], "best": max(evaluated[::-1], key=lambda row: row["eval/top1"])}
+    assert checkpoint.best(uninterrupted).name == str(result["best"]["step"])
+    assert checkpoint.last(uninterrupted).name == "12"
+    kept = {path.name for path in (uninterrupted / "checkpoints").iterdir()}
+    assert kept == {"12", str(result["best"]["step"])}
+
+
+def test_a_run_that_was_continued_after_an_epoch_equals_the_uninterrupted_one(tmp_path, uninterrupted):
+    run(config_of(epochs=1), tmp_path)
+    run(config_of(epochs=4), tmp_path)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_was_stopped_anywhere_equals_the_uninterrupted_one(tmp_path, uninterrupted, number):
+    def interrupt_after_a_step():
+        while not any("train/loss" in row for row in read_rows(tmp_path)):
+            if done.wait(0.005):
+                return
+        os.kill(os.getpid(), number)
+
+    done = threading.Event()
+    watcher = threading.Thread(target=interrupt_after_a_step)
+    watcher.start()
+    with pytest.raises(train.Interrupted, match="stopped at step"):
+        run(config_of(epochs=4), tmp_path)
+    done.set()
+    watcher.join()
+    run(config_of(epochs=4), tmp_path)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_another_config_in_the_same_folder_is_refused_field_by_field(uninterrupted):
+    config = config_of(epochs=4, batch_size=8)
+    config.optimizer.gamma = 0.5
+    with pytest.raises(
+        ValueError, match=r"batch_size: 16 there, 8 now\n  optimizer.gamma: 0.1 there, 0.5 now"
+    ):
+        run(config, uninterrupted)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_its_step(tmp_path):
+    config = config_of()
+    config.optimizer.update({"name": "sgd", "learning_rate": 1e30, "milestones": ()})
+    with pytest.raises(FloatingPointError, match=r"the loss of step \d+ is (nan|inf)"):
+        run(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 12}, "batch_size=12 is not a multiple of the 8 devices"),
+        ({"batch_size": 40, "bn_group": 16}, "bn_group=16 does not divide batch_size=40"),
+        (
+            {"tat": {"layer2": {"weight": 1.0, "heads": 3}}},
+            r"tat.layer2.heads=3 does not divide the 16 channels",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_is_compiled(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        run(config_of(**change), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_tap_that_a_network_does_not_sow_is_named(tmp_path):
+    config = config_of()
+    with config.unlocked():
+        config.tat.layer9 = base.tat(1.0)
+    with pytest.raises(ValueError, match=r"tat.layer9: the student has no such tap; it sows layer1, layer2"):
+        run(config, tmp_path)
+
+
+def test_taps_of_other_sizes_are_named(tmp_path):
+    config = config_of(student=base.network("resnet18", "random", small_images=True, width=4))
+    with pytest.raises(ValueError, match=r"tat.layer2: .*student's is \[8, 8\], the teacher's \[4, 4\]"):
+        train.run(config, tmp_path, teacher=Tiny(8, classes=10, rngs=nnx.Rngs(1)))
+
+
+def test_missing_weights_come_with_the_command_that_makes_them(tmp_path):
+    config = config_of(teacher=base.network("resnet34", str(tmp_path / "resnet34")))
+    with pytest.raises(FileNotFoundError, match=r"python -m tat_jax.convert resnet34 --to .*/resnet34"):
+        train.run(config, tmp_path, student=Tiny(4, rngs=nnx.Rngs(0)))
+
+
+def test_a_run_without_checkpoints_comes_with_the_command_that_makes_them(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*--workdir"):
+        evaluate.run(config_of(), tmp_path, "best")
+
+
+@pytest.mark.parametrize("experiment", [r18_r34, r18_r34_kd, supervised, digits])
+def test_every_config_has_a_miniature_without_files(experiment):
+    config = experiment.get_config("smoke")
+    assert config.data.source == "digits"
+    assert config.student.weights == config.teacher.weights == "random"
+    with pytest.raises(ValueError, match="smok"):
+        experiment.get_config("smok")
+
+
+def test_the_recipe_is_the_authors():
+    config = r18_r34.get_config()
+    assert (config.loss.alpha, config.loss.beta, config.tat.layer4.weight) == (0.1, 0.0, 0.2)
+    assert (config.batch_size, config.bn_group, config.epochs) == (2048, 256, 100)
+    optimizer = config.optimizer
+    assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay) == ("adamw", 1.6e-3, 5e-4)
+    assert (optimizer.milestones, optimizer.gamma) == ((30, 60, 90), 0.1)
+
+
+def test_a_study_compares_its_students_and_their_networks_evaluate_to_what_it_says(tmp_path):
+    config = digits.get_config("smoke")
+    config.batch_size = 16
+    config.student.width = config.teacher.width = config.study.teacher.student.width = 2
+    config.data.update({"image_size": 8, "eval_resize": 8, "labels_per_class": 2})
+    config.study.teacher.data.labels_per_class = 2
+    with config.ignore_type():
+        config.study.update({"seeds": (0, 1)})
+        config.study.students = {"kd": {"loss": {"alpha": 0.5, "beta": 0.5}}}
+    table = study.run(config, tmp_path)
+    seeds = [read_rows(tmp_path / "kd" / f"seed{seed}")[-1]["eval/top1"] for seed in (0, 1)]
+    assert f"{100 * np.mean(seeds):.2f} ± {100 * np.std(seeds, ddof=1):.2f}" in table
+    assert (tmp_path / "curves.png").exists()
+    last = evaluate.run(config, tmp_path / "kd" / "seed0", "last")
+    assert last.top1 == seeds[0]
+    assert last.images == 797
