@@ -3,7 +3,7 @@ PYTHON ?= python3
 # cuda12 where an NVIDIA driver answers, else cpu; `make demo ACCELERATOR=tpu` on a TPU.
 ACCELERATOR ?= $(shell nvidia-smi >/dev/null 2>&1 && echo cuda12 || echo cpu)
 VENV ?= .venv
-DATA ?= data
+DATA ?= data/imagenet
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -20,6 +20,7 @@ test: $(VENV)/installed-$(ACCELERATOR)-test
 
 # Pack ImageNet once as tfds reads it: TARS holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
 imagenet: $(VENV)/installed-$(ACCELERATOR)-prepare
+	@test -n "$(TARS)" || { echo "usage: make imagenet TARS=folder-of-the-two-tars [DATA=$(DATA)]"; exit 1; }
 	$(BIN)/python -m tat_jax.data.prepare --tars $(TARS) --to $(DATA)
 
 $(VENV)/installed-$(ACCELERATOR): pyproject.toml constraints.txt

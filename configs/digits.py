@@ -12,13 +12,13 @@ from configs import base
 def get_config(argument: str = "") -> ConfigDict:
     """Return the study; `smoke` is its miniature."""
     config = base.base()
-    config.epochs = 60
+    config.epochs = 80
     config.batch_size = 50
-    config.eval_every = 6
+    config.eval_every = 20
     config.log_every = 5
     config.student = base.network("resnet18", "random", small_images=True, width=8)
     config.teacher = base.network("resnet18", "random", small_images=True, width=16)
-    config.optimizer.update({"learning_rate": 3e-3, "milestones": (40, 54)})
+    config.optimizer.update({"learning_rate": 3e-3, "milestones": (56, 72)})
     config.data.update(
         {
             "source": "digits",
@@ -35,15 +35,16 @@ def get_config(argument: str = "") -> ConfigDict:
             "seeds": (0, 1, 2),
             # What differs from the above, for the teacher and for each kind of student.
             "teacher": {
-                "epochs": 12,
+                "epochs": 8,
                 "student": {"width": 16},
-                "optimizer": {"milestones": (8, 11)},
+                "eval_every": 4,
+                "optimizer": {"milestones": (5, 7)},
                 "data": {"labels_per_class": 100},
             },
             "students": {
                 "cross-entropy": {},
                 "kd": {"loss": {"alpha": 0.5, "beta": 0.5, "temperature": 4.0}},
-                "tat": {"loss": {"alpha": 1.0}, "tat": {"layer3": {"weight": 1.0}}},
+                "tat": {"tat": {"layer3": {"weight": 1.0}, "layer4": {"weight": 1.0}}},
             },
         }
     )

@@ -75,11 +75,11 @@ def check_entries(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], *, source: str
 ) -> None:
     """Raise a ValueError that names every entry of `found` that is missing, extra or of another shape."""
-    lines = [f"  missing: {name} {expected[name]}" for name in expected if name not in found]
-    lines += [f"  extra: {name} {found[name]}" for name in found if name not in expected]
+    lines = [f"  missing: {name} {expected[name]}" for name in sorted(expected) if name not in found]
+    lines += [f"  extra: {name} {found[name]}" for name in sorted(found) if name not in expected]
     lines += [
         f"  wrong shape: {name} is {found[name]}, the network has {expected[name]}"
-        for name in expected
+        for name in sorted(expected)
         if name in found and tuple(found[name]) != tuple(expected[name])
     ]
     if lines:

@@ -92,6 +92,11 @@ def progress(
     )
 
 
+def progress_of_bytes(total: int, *, description: str) -> tqdm:
+    """Return a bar that counts bytes."""
+    return tqdm(total=total or None, desc=description, unit="B", unit_scale=True, dynamic_ncols=True)
+
+
 class StepLog:
     """Log each step's measurements one step late, so that the host never waits for the device."""
 
