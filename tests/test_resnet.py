@@ -1,0 +1,121 @@
+"""ResNets compute what PyTorch's do, and their taps are read without a trace."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+from flax import nnx
+
+from tat_jax import checkpoint, distill
+from tat_jax.convert import convert_entries
+from tat_jax.layers import BatchNorm
+from tat_jax.resnet import ARCHITECTURES, STAGES, ResNet
+from tests.torch_resnet import random_torch_resnet
+
+
+def ours_of(theirs, architecture, dtype=jnp.float32):
+    entries = {name: value.numpy() for name, value in theirs.state_dict().items()}
+    network = convert_entries(entries, architecture, source="PyTorch")
+    model = ResNet(**network.arguments, dtype=dtype, rngs=nnx.Rngs(0))
+    checkpoint.set_weights(model, network.weights, source="PyTorch")
+    return model
+
+
+def relative_error(ours, theirs):
+    theirs = theirs.detach().numpy()
+    if theirs.ndim == 4:
+        theirs = rearrange(theirs, "b c h w -> b h w c")
+    return np.linalg.norm(np.asarray(ours) - theirs) / np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("float64", 1e-9)])
+def test_logits_and_taps_equal_pytorchs(architecture, dtype, bound):
+    with jax.enable_x64(dtype == "float64"):
+        theirs = random_torch_resnet(architecture, num_classes=10, width=16).eval().to(getattr(torch, dtype))
+        images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(dtype)
+        graph, state = nnx.split(ours_of(theirs, architecture, jnp.dtype(dtype)))
+        logits, taps = jax.jit(lambda s, x: distill.forward(nnx.merge(graph, s), x))(state, images)
+        expected, outputs = theirs(torch.from_numpy(rearrange(images, "b h w c -> b c h w")), taps=True)
+        assert logits.dtype == jnp.dtype(dtype)
+        assert relative_error(logits, expected) < bound
+        assert list(taps) == list(STAGES)
+        for name in STAGES:
+            assert relative_error(taps[name], outputs[name]) < bound
+
+
+def test_a_full_network_has_torchvisions_number_of_parameters():
+    # torchvision's documented counts.
+    counts = {"resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_032}
+    counts |= {"resnet101": 44_549_160, "resnet152": 60_192_808}
+    for architecture, count in counts.items():
+        model = nnx.eval_shape(lambda name=architecture: ResNet(name, rngs=nnx.Rngs(0)))
+        assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == count
+
+
+def test_reading_taps_changes_neither_structure_nor_state():
+    model = ResNet("resnet18", width=2, num_classes=3, small_images=True, rngs=nnx.Rngs(0))
+    before = nnx.split(model)
+    images = jnp.ones((2, 16, 16, 3))
+    logits, taps = distill.forward(model, images)
+    np.testing.assert_array_equal(model(images), logits)
+    after = nnx.split(model)
+    assert before[0] == after[0]
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), before[1], after[1]))
+    assert {name: tap.shape for name, tap in taps.items()} == {
+        "layer1": (2, 16, 16, 2),
+        "layer2": (2, 8, 8, 4),
+        "layer3": (2, 4, 4, 8),
+        "layer4": (2, 2, 2, 16),
+    }
+
+
+def test_batch_normalisation_trains_as_pytorchs_running_variance_included(x64):
+    rng = np.random.default_rng(0)
+    theirs, ours = torch.nn.BatchNorm2d(4).double(), BatchNorm(4, dtype=jnp.float64)
+    for _ in range(3):
+        x = rng.normal(2, 3, (5, 3, 3, 4))
+        expected = theirs(torch.from_numpy(rearrange(x, "b h w c -> b c h w")))
+        assert relative_error(ours(jnp.asarray(x), train=True), expected) < 1e-12
+    np.testing.assert_allclose(ours.mean[...], theirs.running_mean, rtol=1e-12)
+    np.testing.assert_allclose(ours.var[...], theirs.running_var, rtol=1e-12)
+    x = rng.normal(size=(2, 3, 3, 4))
+    expected = theirs.eval()(torch.from_numpy(rearrange(x, "b h w c -> b c h w")))
+    assert relative_error(ours(jnp.asarray(x)), expected) < 1e-12
+
+
+def test_groups_are_normalised_like_batches_of_their_own():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3, 3, 4)).astype(np.float32))
+    grouped, alone = BatchNorm(4, group=2), BatchNorm(4)
+    out = grouped(x, train=True)
+    first = alone(x[:2], train=True)
+    np.testing.assert_allclose(out[:2], first, atol=1e-6)
+    np.testing.assert_allclose(out[4:], BatchNorm(4)(x[4:], train=True), atol=1e-6)
+    np.testing.assert_allclose(grouped.var[...], alone.var[...], rtol=1e-6)
+
+
+def test_a_batch_that_is_no_whole_number_of_groups_is_refused():
+    with pytest.raises(ValueError, match="bn_group=4 does not divide the batch of 6 images"):
+        BatchNorm(4, group=4)(jnp.zeros((6, 1, 1, 4)), train=True)
+
+
+def test_bfloat16_activations_keep_float32_parameters():
+    model = ResNet("resnet18", width=2, num_classes=3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
+    assert model(jnp.ones((1, 32, 32, 3))).dtype == jnp.bfloat16
+
+
+def test_initial_kernels_are_kaimings_and_follow_the_seed():
+    model, again, other = (ResNet("resnet18", width=32, rngs=nnx.Rngs(seed)) for seed in (0, 0, 1))
+    kernel = model.layer4[0].conv1.kernel[...]
+    # 295,000 normal draws with variance 2 / (9 · 256): the standard error of their deviation is 0.13 %.
+    assert kernel.std() == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.01)
+    np.testing.assert_array_equal(kernel, again.layer4[0].conv1.kernel[...])
+    assert not np.array_equal(kernel, other.layer4[0].conv1.kernel[...])
+
+
+def test_an_unknown_architecture_is_named():
+    with pytest.raises(ValueError, match="no architecture 'resnet19'; there are resnet18, resnet34"):
+        ResNet("resnet19", rngs=nnx.Rngs(0))
