@@ -1,0 +1,260 @@
+"""Weights come in and go out bit by bit, and files that are not weights are refused by name."""
+
+import hashlib
+import http.server
+import json
+import os
+import pickle
+import threading
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from tat_jax import checkpoint, convert
+from tat_jax.torch_file import read_entries
+from tests.torch_resnet import TorchResNet, random_torch_resnet
+
+
+@pytest.fixture(scope="module")
+def state_dict():
+    """Return a narrow ResNet-18's weights as torchvision names them."""
+    return random_torch_resnet("resnet18", width=4, num_classes=6).state_dict()
+
+
+def without_counters(entries):
+    return {name: np.asarray(v) for name, v in entries.items() if "num_batches" not in name}
+
+
+def assert_same_entries(found, expected):
+    assert found.keys() == expected.keys()
+    for name, array in found.items():
+        assert array.dtype == expected[name].dtype
+        np.testing.assert_array_equal(array, expected[name])
+
+
+def save(entries, path):
+    if path.suffix == ".safetensors":
+        safetensors.numpy.save_file(without_counters(entries), path)
+    else:
+        torch.save(entries, path, _use_new_zipfile_serialization="legacy" not in path.name)
+    return path
+
+
+def command(*arguments):
+    convert.main([str(argument) for argument in arguments])
+
+
+def error_of(*arguments):
+    with pytest.raises(SystemExit) as stopped:
+        command(*arguments)
+    return str(stopped.value)
+
+
+@pytest.mark.parametrize("name", ["zip.pth", "legacy.pth", "plain.safetensors"])
+@pytest.mark.parametrize("export", ["student.pth", "student.safetensors"])
+def test_there_and_back_is_bit_exact(tmp_path, state_dict, name, export):
+    command("resnet18", "--from", save(state_dict, tmp_path / name), "--to", tmp_path / "weights")
+    command("--export", tmp_path / export, tmp_path / "weights")
+    assert_same_entries(read_entries(tmp_path / export), without_counters(state_dict))
+    if export.endswith(".pth"):
+        model = TorchResNet("resnet18", width=4, num_classes=6)
+        model.load_state_dict(torch.load(tmp_path / export, weights_only=True), strict=True)
+
+
+def test_wrapped_and_prefixed_state_dicts_are_recognised(tmp_path, state_dict):
+    wrapped = {"epoch": 3, "state_dict": {f"module.{name}": v for name, v in state_dict.items()}}
+    entries = read_entries(save(wrapped, tmp_path / "ddp.pth"))
+    assert_same_entries(without_counters(entries), without_counters(state_dict))
+
+
+@pytest.mark.parametrize("name", ["zip.pth", "legacy.pth"])
+def test_views_shared_storages_and_every_type_are_read_as_pytorch_reads_them(tmp_path, name):
+    base = torch.arange(24.0).reshape(4, 6)
+    tensors = {"base": base, "transposed": base.T, "part": base[1:3, ::2], "scalar": torch.tensor(3)}
+    types = (torch.float64, torch.float16, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+    tensors |= {str(dtype): base.to(dtype) for dtype in types}
+    tensors["parameter"] = torch.nn.Parameter(base + 1)
+    entries = read_entries(save(tensors, tmp_path / name))
+    assert_same_entries(entries, {name: tensor.detach().numpy() for name, tensor in tensors.items()})
+
+
+@pytest.mark.parametrize("name", ["half.pth", "half.safetensors"])
+def test_half_precision_becomes_float32_exactly(tmp_path, state_dict, name):
+    half = {name: v.bfloat16() if v.is_floating_point() else v for name, v in state_dict.items()}
+    if name.endswith("pth"):
+        save(half, tmp_path / name)
+    else:
+        arrays = {n: v.float().numpy().astype(ml_dtypes.bfloat16) for n, v in half.items() if v.ndim}
+        safetensors.numpy.save_file(arrays, tmp_path / name)
+    network = convert.convert_entries(read_entries(tmp_path / name), "resnet18", source=name)
+    expected = {n: v.float().numpy() for n, v in half.items() if v.ndim}
+    assert_same_entries(convert.export_entries(network), expected)
+
+
+def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path, state_dict):
+    broken = dict(state_dict)
+    del broken["layer1.0.conv1.weight"]
+    broken["layer9.weight"] = torch.zeros(3)
+    broken["bn1.bias"] = torch.zeros(5)
+    file = save(broken, tmp_path / "broken.pth")
+    message = error_of("resnet18", "--from", file, "--to", tmp_path / "weights")
+    assert "missing: layer1.0.conv1.weight (4, 4, 3, 3)" in message
+    assert "extra: layer9.weight (3,)" in message
+    assert "wrong shape: bn1.bias is (5,), the network has (4,)" in message
+    assert os.listdir(tmp_path) == ["broken.pth"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(tmp_path, state_dict, value):
+    broken = {**state_dict, "bn1.weight": torch.full((4,), value)}
+    file = save(broken, tmp_path / "broken.pth")
+    assert "NaN or infinity in bn1.weight" in error_of("resnet18", "--from", file, "--to", tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_backbone_is_converted_with_a_fresh_head_when_told_to(tmp_path, state_dict):
+    backbone = {name: v for name, v in state_dict.items() if not name.startswith("fc.")}
+    file = save(backbone, tmp_path / "backbone.safetensors")
+    assert "--head fresh" in error_of("resnet18", "--from", file, "--to", tmp_path / "w")
+    command("resnet18", "--from", file, "--head", "fresh", "--to", tmp_path / "w")
+    network = checkpoint.load_network(tmp_path / "w")
+    assert network.origin["head"] == "fresh"
+    assert network.arguments["num_classes"] == 1000
+    kept = {n: v for n, v in convert.export_entries(network).items() if not n.startswith("fc.")}
+    assert_same_entries(kept, without_counters(backbone))
+
+
+class Malicious:
+    """Unpickles by running a command."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.canary}",)
+
+
+@pytest.mark.parametrize("name", ["evil.pth", "legacy-evil.pth"])
+def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(tmp_path, state_dict, name):
+    file = save({**state_dict, "x": Malicious(tmp_path / "canary")}, tmp_path / name)
+    message = error_of("resnet18", "--from", file, "--to", tmp_path / "w")
+    assert "posix.system" in message
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_bare_pickle_is_refused(tmp_path):
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps(Malicious(tmp_path / "canary")))
+    with pytest.raises(ValueError, match=r"posix.system"):
+        read_entries(tmp_path / "bare.pth")
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_zip_bomb_is_refused_unopened(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(50_000_000))
+    with pytest.raises(ValueError, match=r"data\.pkl is compressed"):
+        read_entries(tmp_path / "bomb.pth")
+
+
+@pytest.mark.parametrize("name", ["zip.pth", "legacy.pth", "plain.safetensors"])
+def test_a_file_cut_short_anywhere_is_refused(tmp_path, state_dict, name):
+    whole = save(state_dict, tmp_path / name).read_bytes()
+    for cut in (0, 1, 50, len(whole) // 4, len(whole) // 2, len(whole) - 1):
+        (tmp_path / name).write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=name):
+            read_entries(tmp_path / name)
+
+
+def test_a_safetensors_header_that_lies_is_refused(tmp_path):
+    for header in ({"a": {"dtype": "F32", "shape": [10**9], "data_offsets": [0, 4]}}, {"a": 3}):
+        text = json.dumps(header).encode()
+        path = tmp_path / "lie.safetensors"
+        path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+        with pytest.raises(ValueError, match=r"lie.safetensors is no safetensors file"):
+            read_entries(path)
+
+
+def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path):
+    tensor = torch.zeros(4)
+    torch.save({"a": tensor}, tmp_path / "far.pth")
+    with zipfile.ZipFile(tmp_path / "far.pth") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    pickled = next(name for name in members if name.endswith("data.pkl"))
+    # The shape (4,) is the last K\x04 of the pickle; 9 elements are more than the storage has.
+    before, after = members[pickled].rsplit(b"K\x04", 1)
+    members[pickled] = before + b"K\x09" + after
+    with zipfile.ZipFile(tmp_path / "far.pth", "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    with pytest.raises(ValueError, match="reaches beyond its 4 elements"):
+        read_entries(tmp_path / "far.pth")
+
+
+def test_nothing_is_overwritten(tmp_path, state_dict):
+    file = save(state_dict, tmp_path / "zip.pth")
+    (tmp_path / "weights").mkdir()
+    assert "exists already" in error_of("resnet18", "--from", file, "--to", tmp_path / "weights")
+    command("resnet18", "--from", file, "--to", tmp_path / "w")
+    assert "exists already" in error_of("--export", file, tmp_path / "w")
+    assert "neither in .pth" in error_of("--export", tmp_path / "student.bin", tmp_path / "w")
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Serve a folder on this machine, with the truth or less of it."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = (folder / self.path.lstrip("/")).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: len(body) - self.server.withheld])
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.withheld = 0
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield running, folder, f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
+
+
+def test_a_download_is_kept_once_its_size_and_hash_are_right(tmp_path, server, monkeypatch):
+    running, folder, url = server
+    content = b"weights" * 1000
+    name = f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    monkeypatch.setitem(convert.PUBLISHED, "resnet18", name)
+    cache = tmp_path / "cache"
+
+    (folder / name).write_bytes(content)
+    running.withheld = 10
+    with pytest.raises((ValueError, OSError), match=r"ended after 6,990 of 7,000 bytes|cannot fetch"):
+        convert.fetch("resnet18", cache, published_at=url)
+    assert os.listdir(cache) == []
+
+    running.withheld = 0
+    (folder / name).write_bytes(content[:-1] + b"!")
+    with pytest.raises(ValueError, match="is not the published file: its SHA-256 begins with"):
+        convert.fetch("resnet18", cache, published_at=url)
+    assert os.listdir(cache) == []
+
+    (folder / name).write_bytes(content)
+    path = convert.fetch("resnet18", cache, published_at=url)
+    assert path.read_bytes() == content
+    (folder / name).unlink()
+    assert convert.fetch("resnet18", cache, published_at=url) == path
+
+
+def test_a_server_that_does_not_answer_is_named_with_the_way_out(tmp_path):
+    with pytest.raises(OSError, match=r"cannot fetch http://127.0.0.1:9/resnet18.*--from"):
+        convert.fetch("resnet18", tmp_path, published_at="http://127.0.0.1:9")
