@@ -112,6 +112,8 @@ def run(
                         row = {f"eval/{name}": value for name, value in evaluation.items()}
                         writer.write(step, row | {"epoch": epoch + 1, "skipped": len(train_data.skipped)})
                         bar.write(f"{folder.name}: epoch {epoch + 1}/{config.epochs}  {accuracy}")
+                        if train_data.skipped:
+                            bar.write(f"  {len(train_data.skipped)} unreadable training images skipped")
                     if (
                         evaluation
                         or stop_requested()
