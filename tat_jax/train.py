@@ -114,18 +114,16 @@ def run(
                         bar.write(f"{folder.name}: epoch {epoch + 1}/{config.epochs}  {accuracy}")
                         if train_data.skipped:
                             bar.write(f"  {len(train_data.skipped)} unreadable training images skipped")
-                    if (
-                        evaluation
-                        or stop_requested()
-                        or time.monotonic() - saved > 60 * config.checkpoint_minutes
-                    ):
+                    stopping = stop_requested()
+                    overdue = time.monotonic() - saved > 60 * config.checkpoint_minutes
+                    if evaluation or stopping or overdue:
                         log.flush()
                         position = {"seed": config.seed, "epoch": step // steps, "batch": step % steps}
                         checkpoints.save(
                             state, arguments=network.arguments, data=position, metrics=evaluation
                         )
                         saved = time.monotonic()
-                    if stop_requested() and step < last_step:
+                    if stopping and step < last_step:
                         raise Interrupted(f"stopped at step {step} of {last_step}")
 
     rows = read_rows(folder)
