@@ -68,9 +68,9 @@ def tat(weight: float = 0.0, *, heads: int = 1, trainable_key: bool = False) -> 
 
 
 def finish(config: ConfigDict, argument: str) -> ConfigDict:
-    """Return `config` or, for the argument `smoke`, its miniature: a minute on a laptop, without files.
+    """Return `config` or, for the argument `smoke`, its miniature: a minute on two cores, without files.
 
-    The networks, the loss and the optimiser stay; the weights are random, the data are embedded digits.
+    Depths, loss and optimiser stay; the networks are narrow and random, the data embedded digits.
 
     Raises:
         ValueError: another argument.
@@ -78,11 +78,12 @@ def finish(config: ConfigDict, argument: str) -> ConfigDict:
     if argument not in ("", "smoke"):
         raise ValueError(f"the config takes the argument 'smoke' or none, not {argument!r}")
     if argument == "smoke":
-        config.epochs = 2
+        config.epochs = 1
         config.batch_size = 16
         config.log_every = 1
         config.eval_every = 1
         config.student.weights = config.teacher.weights = "random"
+        config.student.width = config.teacher.width = 8
         config.data.update(
             {"source": "digits", "labels_per_class": 3, "image_size": 64, "eval_resize": 64, "threads": 2}
         )

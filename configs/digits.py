@@ -48,4 +48,7 @@ def get_config(argument: str = "") -> ConfigDict:
             },
         }
     )
+    if argument == "smoke":
+        config.study.update({"seeds": (0,)})
+        config.study.teacher.update({"epochs": 1, "student": {"width": 8}, "data": {"labels_per_class": 3}})
     return base.finish(config, argument)
