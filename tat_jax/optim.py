@@ -43,5 +43,9 @@ def optimizer(config: ConfigDict, learning_rate: optax.Schedule) -> optax.Gradie
     if config.clip_norm is not None:
         update = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
     if config.accumulate > 1:
-        update = optax.MultiSteps(update, config.accumulate).gradient_transformation()
+        update = optax.MultiSteps(
+            update,
+            config.accumulate,
+            accumulator_dtype=None,  # that of the parameters, so that float64 stays float64
+        ).gradient_transformation()
     return update
