@@ -1,6 +1,5 @@
 """A teacher, its students in several variants, each over several seeds, and the table that compares them."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def _variant(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
 def _table(teacher: float, accuracies: dict[str, list[float]]) -> str:
     lines = [f"{'':16}test top-1, % (mean ± standard deviation)", f"{'teacher':16}{100 * teacher:6.2f}"]
     for name, values in accuracies.items():
-        deviation = np.std(values, ddof=1) if len(values) > 1 else math.nan
+        deviation = f" ± {100 * np.std(values, ddof=1):4.2f}" if len(values) > 1 else ""
         seeds = ", ".join(f"{100 * value:.2f}" for value in values)
-        lines.append(f"{name:16}{100 * np.mean(values):6.2f} ± {100 * deviation:4.2f}   ({seeds})")
+        lines.append(f"{name:16}{100 * np.mean(values):6.2f}{deviation}   ({seeds})")
     return "\n".join(lines)
