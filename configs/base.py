@@ -62,9 +62,17 @@ def network(architecture: str, weights: str, *, small_images: bool = False, widt
     )
 
 
-def tat(weight: float = 0.0, *, heads: int = 1, trainable_key: bool = False) -> ConfigDict:
-    """Return the fields of the TaT loss on one tap."""
-    return ConfigDict({"weight": weight, "heads": heads, "trainable_key": trainable_key})
+def tat() -> ConfigDict:
+    """Return the fields of the TaT loss on one tap, as published; its weight is the experiment's."""
+    return ConfigDict(
+        {
+            "weight": 0.0,
+            "heads": 1,
+            "embedding_kernel": 3,  # of query and value; 1; or 0: the student's map itself
+            "trainable_key": False,  # embed the key as well
+            "per_teacher_position": False,  # the softmax of the paper's text, not that of the published code
+        }
+    )
 
 
 def finish(config: ConfigDict, argument: str) -> ConfigDict:

@@ -32,11 +32,13 @@ class Batch(NamedTuple):
 
 
 class TatWeight(NamedTuple):
-    """The weight and the shape of the TaT loss on one tap."""
+    """The weight of the TaT loss on one tap, and the options of its `TargetAwareTransformer`."""
 
     weight: float
     heads: int = 1
+    embedding_kernel: int = 3
     trainable_key: bool = False
+    per_teacher_position: bool = False
 
 
 class LossWeights(NamedTuple):

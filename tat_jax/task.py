@@ -132,19 +132,19 @@ def _embeddings(
                 f"tat.{tap}: the taps differ in height and width: the student's is {student_size}, "
                 f"the teacher's {teacher_size}"
             )
-        if tat.heads < 1 or teacher_features % tat.heads:
-            raise ValueError(
-                f"tat.{tap}.heads={tat.heads} does not divide the {teacher_features} channels of the tap"
+        options = tat._asdict()
+        del options["weight"]
+        try:
+            embeddings[tap] = TargetAwareTransformer(
+                student_features,
+                teacher_features,
+                **options,
+                dtype=jnp.dtype(config.dtype),
+                bn_group=config.bn_group,
+                rngs=nnx.Rngs(jax.random.fold_in(jax.random.key(config.seed), i)),
             )
-        embeddings[tap] = TargetAwareTransformer(
-            student_features,
-            teacher_features,
-            heads=tat.heads,
-            trainable_key=tat.trainable_key,
-            dtype=jnp.dtype(config.dtype),
-            bn_group=config.bn_group,
-            rngs=nnx.Rngs(jax.random.fold_in(jax.random.key(config.seed), i)),
-        )
+        except ValueError as error:
+            raise ValueError(f"tat.{tap}: {error}") from None
     return embeddings
 
 

@@ -75,18 +75,19 @@ def _check_same_shape(**maps: Array) -> None:
 
 
 class Embedding(nnx.Module):
-    """Map a feature map to `features` channels: a 3×3 convolution without bias, then BatchNorm."""
+    """Map a feature map to `features` channels: a kernel×kernel convolution without bias, then BatchNorm."""
 
     def __init__(
         self,
         in_features: int,
         features: int,
         *,
+        kernel: int = 3,
         dtype: DTypeLike = jnp.float32,
         bn_group: int | None = None,
         rngs: nnx.Rngs,
     ):
-        self.conv = conv(in_features, features, 3, dtype=dtype, kernel_init=torch_uniform, rngs=rngs)
+        self.conv = conv(in_features, features, kernel, dtype=dtype, kernel_init=torch_uniform, rngs=rngs)
         self.norm = BatchNorm(features, group=bn_group, dtype=dtype)
 
     def __call__(
@@ -103,17 +104,24 @@ class Embedding(nnx.Module):
 class TargetAwareTransformer(nnx.Module):
     """Compute the TaT loss of one tap, with its own embeddings.
 
-    query = BN(conv3×3(student)), value = BN(conv3×3(student)), key = the teacher's map itself or, with
-    `trainable_key`, BN(conv3×3(teacher)).
+    query = γ(student), value = φ(student), key = θ(teacher). By default, as published, γ and φ are a 3×3
+    convolution with BatchNorm each, and θ is the identity.
 
     Args:
         student_features: channels of the student's tap.
         teacher_features: channels of the teacher's tap.
         heads: attention heads, a divisor of `teacher_features`.
+        embedding_kernel: 3 or 1, the size of the embeddings' convolutions; 0 takes the maps themselves.
         trainable_key: embed the key, too.
+        per_teacher_position: normalise over the student's positions for each of the teacher's, as the text
+            of section 3.2 has it: Σ_j softmax_j(⟨k_i, q_j⟩) v_j reconstructs the teacher's position i. By
+            default over the teacher's for each of the student's, as the matrix form and the published code.
         dtype: the type of the embeddings' activations.
         bn_group: images over which batch statistics are taken; None is the whole batch.
         rngs: the key stream `params`.
+
+    Raises:
+        ValueError: the channels or the options do not fit together.
     """
 
     def __init__(
@@ -122,15 +130,39 @@ class TargetAwareTransformer(nnx.Module):
         teacher_features: int,
         *,
         heads: int = 1,
+        embedding_kernel: int = 3,
         trainable_key: bool = False,
+        per_teacher_position: bool = False,
         dtype: DTypeLike = jnp.float32,
         bn_group: int | None = None,
         rngs: nnx.Rngs,
     ):
-        def embedding(in_features: int) -> Embedding:
-            return Embedding(in_features, teacher_features, dtype=dtype, bn_group=bn_group, rngs=rngs)
+        if heads < 1 or teacher_features % heads:
+            raise ValueError(f"heads={heads} does not divide the teacher's {teacher_features} channels")
+        if embedding_kernel not in (0, 1, 3):
+            raise ValueError(f"embedding_kernel={embedding_kernel}: it is 3, 1, or 0 for the maps themselves")
+        if embedding_kernel == 0 and trainable_key:
+            raise ValueError("trainable_key needs an embedding: embedding_kernel=0 has none")
+        if embedding_kernel == 0 and student_features != teacher_features:
+            raise ValueError(
+                f"embedding_kernel=0 needs taps of the same channels: the student's has {student_features}, "
+                f"the teacher's {teacher_features}"
+            )
+
+        def embedding(in_features: int) -> Embedding | None:
+            if embedding_kernel == 0:
+                return None
+            return Embedding(
+                in_features,
+                teacher_features,
+                kernel=embedding_kernel,
+                dtype=dtype,
+                bn_group=bn_group,
+                rngs=rngs,
+            )
 
         self.heads = heads
+        self.per_teacher_position = per_teacher_position
         self.query = embedding(student_features)
         self.value = embedding(student_features)
         self.key = embedding(teacher_features) if trainable_key else None
@@ -153,7 +185,9 @@ class TargetAwareTransformer(nnx.Module):
                 "the student's and the teacher's tap differ in [batch, height, width]: "
                 f"{student.shape[:3]} and {teacher.shape[:3]}"
             )
-        query = self.query(student, train=train, where=where)
-        value = self.value(student, train=train, where=where)
+        query = self.query(student, train=train, where=where) if self.query else student
+        value = self.value(student, train=train, where=where) if self.value else student
         key = self.key(teacher, train=train, where=where) if self.key else teacher
+        if self.per_teacher_position:
+            query, key = key, query
         return tat_loss(query, key, value, teacher, heads=self.heads, where=where)

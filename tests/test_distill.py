@@ -18,6 +18,8 @@ ALL_TERMS = LossWeights(
     alpha=0.5, beta=0.5, temperature=2.0, tat={"layer1": TatWeight(0.2), "layer2": TatWeight(0.1, heads=2)}
 )
 
+WIDTHS = {"layer1": 4, "layer2": 8}  # of the student's taps; the teacher's are twice as wide
+
 
 def make(weights=ALL_TERMS, dtype=jnp.float32, bn_group=None, optimizer=None):
     """Return a task with a narrow teacher and student, its first state, and the teacher's arrays."""
@@ -25,9 +27,15 @@ def make(weights=ALL_TERMS, dtype=jnp.float32, bn_group=None, optimizer=None):
     teacher = Tiny(8, dtype=dtype, rngs=nnx.Rngs(1))
     embeddings = {
         tap: TargetAwareTransformer(
-            width, 2 * width, heads=tat.heads, dtype=dtype, bn_group=bn_group, rngs=nnx.Rngs(2)
+            width,
+            2 * width,
+            **{name: value for name, value in tat._asdict().items() if name != "weight"},
+            dtype=dtype,
+            bn_group=bn_group,
+            rngs=nnx.Rngs(2),
         )
-        for (tap, tat), width in zip(weights.of_taps().items(), (4, 8), strict=False)
+        for tap, tat in weights.of_taps().items()
+        for width in (WIDTHS[tap],)
     }
     distillation = Distillation(student, embeddings)
     optimizer = optimizer or optax.sgd(0.05)
@@ -74,8 +82,13 @@ def test_steps_on_one_batch_lower_the_loss():
     assert losses[-1] < losses[0]
 
 
-def test_the_gradient_to_the_teacher_is_exactly_zero():
-    task, state, teacher = make()
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"embedding_kernel": 1, "trainable_key": True}, {"per_teacher_position": True}],
+    ids=["published", "trainable key", "per teacher position"],
+)
+def test_the_gradient_to_the_teacher_is_exactly_zero(options):
+    task, state, teacher = make(ALL_TERMS._replace(tat={"layer2": TatWeight(0.1, heads=2, **options)}))
     gradient = jax.jit(
         jax.grad(lambda teacher: distill.train_step(task, state, teacher, batch_of(4))[1]["loss"])
     )(teacher)

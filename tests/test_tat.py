@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from einops import rearrange
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tat_jax.tat import TargetAwareTransformer, target_aware_attention, tat_loss
 
@@ -42,39 +44,158 @@ def test_loss_and_gradients_are_those_of_the_published_code(case, x64):
         np.testing.assert_allclose(nchw.ravel()[:8], case[f"grad_{name}_first8"], rtol=1e-10)
 
 
-def test_permuting_query_positions_permutes_the_output():
-    query, key, value = maps(2, 3, 4, 8)
-    out = target_aware_attention(query, key, value, heads=2)
-    flipped = target_aware_attention(query[:, ::-1], key, value, heads=2)
-    np.testing.assert_allclose(flipped, out[:, ::-1], atol=1e-6)
+# One position, a row, a column, a map that is not square. Few shapes, so that few programs are compiled.
+CASES = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 2**32 - 1),
+        "shape": st.sampled_from([(2, 1, 1, 8), (1, 1, 4, 8), (2, 5, 1, 8), (2, 3, 4, 8)]),
+        "heads": st.sampled_from([1, 4]),
+    }
+)
+properties = settings(max_examples=30, deadline=None)
+attention = jax.jit(target_aware_attention, static_argnames="heads")
+loss_and_gradients = jax.jit(jax.value_and_grad(tat_loss, (0, 1, 2, 3)), static_argnames="heads")
 
 
-def test_permuting_key_and_value_positions_together_changes_nothing():
-    query, key, value = maps(2, 3, 4, 8)
-    out = target_aware_attention(query, key, value, heads=4)
-    same = target_aware_attention(query, key[:, :, ::-1], value[:, :, ::-1], heads=4)
-    np.testing.assert_allclose(same, out, atol=1e-6)
+def drawn(case, count=3, dtype=np.float32):
+    return maps(*case["shape"], count=count, seed=case["seed"], dtype=dtype), case["heads"]
 
 
-def test_heads_attend_each_on_its_own_channels():
-    query, key, value = maps(2, 3, 4, 8)
-    out = target_aware_attention(query, key, value, heads=2)
-    halves = [
-        target_aware_attention(query[..., c], key[..., c], value[..., c]) for c in (np.s_[:4], np.s_[4:])
-    ]
-    np.testing.assert_allclose(out, jnp.concatenate(halves, -1), atol=1e-6)
+def permuted(x, order):
+    """Reorder the positions of a map."""
+    _, height, width, _ = x.shape
+    flat = rearrange(x, "b h w c -> b (h w) c")
+    return rearrange(flat[:, order], "b (h w) c -> b h w c", h=height, w=width)
+
+
+def some_order(case):
+    _, height, width, _ = case["shape"]
+    return np.random.default_rng(case["seed"]).permutation(height * width)
+
+
+@given(CASES)
+@properties
+def test_permuting_query_positions_permutes_the_output(case):
+    (query, key, value), heads = drawn(case)
+    order = some_order(case)
+    out = attention(query, key, value, heads=heads)
+    again = attention(permuted(query, order), key, value, heads=heads)
+    np.testing.assert_allclose(again, permuted(out, order), atol=1e-5)
+
+
+@given(CASES)
+@properties
+def test_permuting_key_and_value_positions_together_changes_nothing(case):
+    (query, key, value), heads = drawn(case)
+    order = some_order(case)
+    out = attention(query, key, value, heads=heads)
+    again = attention(query, permuted(key, order), permuted(value, order), heads=heads)
+    np.testing.assert_allclose(again, out, atol=1e-5)
+
+
+@given(CASES)
+@properties
+def test_the_channels_of_a_head_have_no_order_and_heads_do_not_mix(case):
+    (query, key, value), heads = drawn(case)
+    rng = np.random.default_rng(case["seed"])
+    d = 8 // heads
+    # A permutation of heads, and within each one of its channels: for query and key another than for value.
+    blocks = rng.permutation(heads)
+    of_scores, of_values = (np.concatenate([n * d + rng.permutation(d) for n in blocks]) for _ in range(2))
+    out = attention(query, key, value, heads=heads)
+    again = attention(query[..., of_scores], key[..., of_scores], value[..., of_values], heads=heads)
+    np.testing.assert_allclose(again, out[..., of_values], atol=1e-5)
+
+
+@given(CASES)
+@properties
+def test_each_head_is_an_attention_of_its_own(case):
+    (query, key, value), heads = drawn(case)
+    out = attention(query, key, value, heads=heads)
+    parts = [jnp.split(x, heads, axis=-1) for x in (query, key, value)]
+    alone = [attention(*part) for part in zip(*parts, strict=True)]
+    np.testing.assert_allclose(out, jnp.concatenate(alone, -1), atol=1e-5)
+
+
+@given(CASES, st.floats(0.1, 10))
+@properties
+def test_scaling_the_value_scales_the_output_and_query_and_key_scale_alike(case, factor):
+    (query, key, value), heads = drawn(case)
+    out = attention(query, key, value, heads=heads)
+    scaled = attention(query, key, factor * value, heads=heads)
+    np.testing.assert_allclose(scaled, factor * out, rtol=1e-4, atol=1e-5)
+    by_query, by_key = (
+        attention(factor * query, key, value, heads=heads),
+        attention(query, factor * key, value, heads=heads),
+    )
+    # Scores reach some hundreds here, whose rounding in float32 is 1e-5.
+    np.testing.assert_allclose(by_query, by_key, atol=1e-3)
+
+
+@given(CASES)
+@properties
+def test_a_vector_added_to_every_key_changes_nothing(case):
+    (query, key, value), heads = drawn(case)
+    out = attention(query, key, value, heads=heads)
+    shift = np.random.default_rng(case["seed"]).normal(size=(1, 1, 1, 8)).astype(np.float32)
+    np.testing.assert_allclose(attention(query, key + shift, value, heads=heads), out, atol=1e-4)
+
+
+@given(CASES)
+@properties
+def test_the_output_lies_between_the_values(case):
+    (query, key, value), heads = drawn(case)
+    out = attention(query, key, value, heads=heads)
+    assert (out <= value.max((1, 2), keepdims=True) + 1e-5).all()
+    assert (out >= value.min((1, 2), keepdims=True) - 1e-5).all()
+
+
+@given(CASES)
+@properties
+def test_height_and_width_may_change_places(case):
+    (query, key, value), heads = drawn(case)
+    out = attention(query, key, value, heads=heads)
+    turned = [rearrange(x, "b h w c -> b w h c") for x in (query, key, value)]
+    again = attention(*turned, heads=heads)
+    np.testing.assert_allclose(again, rearrange(out, "b h w c -> b w h c"), atol=1e-5)
+
+
+@given(CASES)
+@properties
+def test_gradients_are_those_of_finite_differences(case):
+    with jax.enable_x64(True):
+        arrays, heads = drawn(case, count=4, dtype=np.float64)
+        directions = maps(*case["shape"], count=4, seed=case["seed"] ^ 1, dtype=np.float64)
+
+        def along(t):
+            return loss_and_gradients(
+                *(x + t * d for x, d in zip(arrays, directions, strict=True)), heads=heads
+            )
+
+        h = 1e-5
+        slope = (along(h)[0] - along(-h)[0]) / (2 * h)
+        _, gradients = along(0.0)
+        gradient = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
+        # Central differences in float64 are good to h² = 1e-10 times a third derivative of some thousands.
+        assert gradient == pytest.approx(float(slope), rel=1e-5, abs=1e-6)
+
+
+@given(CASES, st.sampled_from([jnp.float32, jnp.bfloat16]))
+@properties
+def test_scores_of_1e4_and_more_pick_one_value_and_stay_finite(case, dtype):
+    (query, key, value), heads = drawn(case)
+    query, key = ((1e4 * jnp.sign(x)).astype(dtype) for x in (query, key))
+    out = attention(query, key, value.astype(dtype), heads=heads)
+    assert jnp.isfinite(out).all()
+    loss, gradients = loss_and_gradients(query, key, value.astype(dtype), value, heads=heads)
+    assert loss.dtype == jnp.float32
+    assert jnp.isfinite(loss)
+    assert all(jnp.isfinite(gradient).all() for gradient in gradients)
 
 
 def test_one_position_returns_the_value():
     query, key, value = maps(2, 1, 1, 8)
     np.testing.assert_array_equal(target_aware_attention(query, key, value, heads=2), value)
-
-
-def test_extreme_scores_stay_finite():
-    query, key, value = (1e2 * x for x in maps(1, 2, 2, 4))
-    out, gradient = jax.value_and_grad(lambda q: tat_loss(q, key, value, value))(query)
-    assert jnp.isfinite(out)
-    assert jnp.isfinite(gradient).all()
 
 
 def test_bfloat16_maps_give_a_float32_loss():
@@ -126,3 +247,47 @@ def test_query_and_value_have_embeddings_of_their_own_and_the_key_one_on_request
     trainable = TargetAwareTransformer(8, 8, trainable_key=True, rngs=nnx.Rngs(0))
     gradient = nnx.grad(lambda module: module(student, teacher))(trainable)
     assert jnp.abs(gradient["key"]["conv"]["kernel"][...]).max() > 0
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_embeddings_have_the_kernel_asked_for(kernel):
+    module = TargetAwareTransformer(4, 8, embedding_kernel=kernel, trainable_key=True, rngs=nnx.Rngs(0))
+    for embedding, features in ((module.query, 4), (module.value, 4), (module.key, 8)):
+        assert embedding.conv.kernel.shape == (kernel, kernel, features, 8)
+
+
+def test_without_embeddings_the_maps_themselves_attend():
+    student, teacher = maps(2, 3, 4, 8, count=2)
+    module = TargetAwareTransformer(8, 8, heads=2, embedding_kernel=0, rngs=nnx.Rngs(0))
+    assert not jax.tree.leaves(nnx.state(module))
+    expected = tat_loss(student, teacher, student, teacher, heads=2)
+    np.testing.assert_allclose(module(student, teacher), expected, rtol=1e-6)
+
+
+def test_per_teacher_position_is_the_formula_of_the_papers_text(x64):
+    student, teacher = maps(1, 2, 3, 4, count=2, dtype=np.float64)
+    module = TargetAwareTransformer(
+        4, 4, embedding_kernel=0, per_teacher_position=True, dtype=jnp.float64, rngs=nnx.Rngs(0)
+    )
+    of_student, of_teacher = (np.asarray(x).reshape(6, 4) for x in (student, teacher))
+    error = 0.0
+    for target in of_teacher:  # position by position, as the paper writes it
+        weights = np.exp([s @ target for s in of_student])
+        reconstruction = sum(w * s for w, s in zip(weights / weights.sum(), of_student, strict=True))
+        error += ((reconstruction - target) ** 2).sum()
+    assert module(student, teacher) == pytest.approx(error / 24, rel=1e-12)
+    assert module(student, teacher) != pytest.approx(float(tat_loss(student, teacher, student, teacher)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 3}, "heads=3 does not divide the teacher's 16 channels"),
+        ({"embedding_kernel": 2}, "embedding_kernel=2: it is 3, 1, or 0"),
+        ({"embedding_kernel": 0}, "the student's has 8, the teacher's 16"),
+        ({"embedding_kernel": 0, "trainable_key": True}, "trainable_key needs an embedding"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        TargetAwareTransformer(8, 16, **options, rngs=nnx.Rngs(0))

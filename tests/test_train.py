@@ -21,7 +21,7 @@ def config_of(**changes):
     config = base.base()
     config.update({"epochs": 2, "batch_size": 16, "log_every": 1, "bn_group": 8})
     config.loss.update({"alpha": 0.5, "beta": 0.5, "temperature": 2.0})
-    config.tat = {"layer1": base.tat(), "layer2": base.tat(0.5, heads=2)}
+    config.tat = {"layer1": base.tat(), "layer2": {**base.tat(), "weight": 0.5, "heads": 2}}
     config.data.update(
         {"source": "digits", "labels_per_class": 4, "image_size": 16, "eval_resize": 16, "threads": 1}
     )
@@ -150,7 +150,7 @@ def test_a_loss_that_is_no_number_stops_the_run_with_its_step(tmp_path):
         ({"batch_size": 40, "bn_group": 16}, "bn_group=16 does not divide batch_size=40"),
         (
             {"tat": {"layer2": {"weight": 1.0, "heads": 3}}},
-            r"tat.layer2.heads=3 does not divide the 16 channels",
+            r"tat.layer2: heads=3 does not divide the teacher's 16 channels",
         ),
     ],
 )
