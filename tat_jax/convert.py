@@ -82,7 +82,7 @@ def convert_entries(
     weights = {}
     for path in _paths(arguments):
         if torch_name(path) in entries:
-            weights[path] = _to_ours(path, entries[torch_name(path)])
+            weights[path] = to_ours(path, entries[torch_name(path)])
     if fresh_head:
         own = checkpoint.network_weights(ResNet(**arguments, rngs=nnx.Rngs(0)))
         weights |= {path: value for path, value in own.items() if torch_name(path) in _HEAD}
@@ -97,7 +97,7 @@ def export_entries(network: Network) -> Entries:
     """
     if not network.arguments:
         raise ValueError("this network is not one of torchvision's kind, so it has no names there")
-    return {torch_name(path): _to_torch(path, np.asarray(a)) for path, a in network.weights.items()}
+    return {torch_name(path): to_torch(path, np.asarray(a)) for path, a in network.weights.items()}
 
 
 def torch_name(path: str) -> str:
@@ -106,7 +106,8 @@ def torch_name(path: str) -> str:
     return f"{module}.{_LEAVES[leaf]}"
 
 
-def _to_ours(path: str, array: np.ndarray) -> np.ndarray:
+def to_ours(path: str, array: np.ndarray) -> np.ndarray:
+    """Return PyTorch's array for the attribute `path` in our layout, in float32 at least."""
     array = array.astype(
         np.promote_types(array.dtype, np.float32) if array.dtype != jnp.bfloat16 else np.float32
     )
@@ -115,7 +116,8 @@ def _to_ours(path: str, array: np.ndarray) -> np.ndarray:
     return rearrange(array, "o i h w -> h w i o" if array.ndim == 4 else "o i -> i o")
 
 
-def _to_torch(path: str, array: np.ndarray) -> np.ndarray:
+def to_torch(path: str, array: np.ndarray) -> np.ndarray:
+    """Return our array at the attribute `path` in PyTorch's layout."""
     if path.endswith("kernel"):
         array = rearrange(array, "h w i o -> o i h w" if array.ndim == 4 else "i o -> o i")
     return np.ascontiguousarray(array)
@@ -135,7 +137,7 @@ def _arguments(entries: Mapping[str, np.ndarray], architecture: str) -> dict[str
 
 def _torch_shapes(arguments: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {
-        torch_name(path): _to_torch(path, np.broadcast_to(np.float32(0), shape)).shape
+        torch_name(path): to_torch(path, np.broadcast_to(np.float32(0), shape)).shape
         for path, shape in _paths(arguments).items()
     }
 

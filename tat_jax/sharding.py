@@ -1,7 +1,7 @@
 """The devices as one axis, `data`, and the two ways an array lies on them."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +20,10 @@ def start_processes() -> None:
         jax.distributed.initialize()
 
 
-def make_mesh() -> Mesh:
-    """Return the mesh of all devices of all processes, with the one axis `data`."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return the mesh of all devices of all processes, or of those given, with the one axis `data`."""
+    count = jax.device_count() if devices is None else len(devices)
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

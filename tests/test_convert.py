@@ -14,9 +14,9 @@ import pytest
 import safetensors.numpy
 import torch
 
+from fidelity.torch_resnet import TorchResNet, random_torch_resnet
 from tat_jax import checkpoint, convert
 from tat_jax.torch_file import read_entries
-from tests.torch_resnet import TorchResNet, random_torch_resnet
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import torch
 from einops import rearrange
 from flax import nnx
 
+from fidelity.torch_resnet import random_torch_resnet
 from tat_jax import checkpoint, distill
 from tat_jax.convert import convert_entries
 from tat_jax.layers import BatchNorm
 from tat_jax.resnet import ARCHITECTURES, STAGES, ResNet
-from tests.torch_resnet import random_torch_resnet
 
 
 def ours_of(theirs, architecture, dtype=jnp.float32):

@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_named_before_anything_is_compiled(tmp_path, change
 def test_a_tap_that_a_network_does_not_sow_is_named(tmp_path):
     config = config_of()
     with config.unlocked():
-        config.tat.layer9 = base.tat(1.0)
+        config.tat.layer9 = {**base.tat(), "weight": 1.0}
     with pytest.raises(ValueError, match=r"tat.layer9: the student has no such tap; it sows layer1, layer2"):
         run(config, tmp_path)
 

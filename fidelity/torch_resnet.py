@@ -43,7 +43,7 @@ class TorchResNet(nn.Module):
 
     def __init__(self, architecture, *, num_classes=1000, width=64):
         super().__init__()
-        bottleneck = architecture not in ("resnet18", "resnet34")
+        bottleneck = architecture in ("resnet50", "resnet101", "resnet152")
         self.conv1 = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
         self.bn1, self.maxpool = nn.BatchNorm2d(width), nn.MaxPool2d(3, 2, padding=1)
         fan_in = width

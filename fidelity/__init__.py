@@ -1,0 +1,1 @@
+"""The proof that this computes what the published code computes: `make fidelity`."""
