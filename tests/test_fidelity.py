@@ -1,6 +1,5 @@
 """What `make fidelity` proves at length, in short."""
 
-import jax
 import pytest
 
 from fidelity import trajectories

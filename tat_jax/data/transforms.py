@@ -101,11 +101,19 @@ def train_transform(
         ratio: likewise.
         flip: mirror left and right with probability ½.
     """
-    top, left, height, width = random_resized_crop_box(image.shape[0], image.shape[1], rng, scale, ratio)
+    box = random_resized_crop_box(image.shape[0], image.shape[1], rng, scale, ratio)
+    return crop_and_resize(image, box, size, flip and rng.random() < 0.5)
+
+
+def crop_and_resize(
+    image: UInt8[np.ndarray, "height width 3"], box: tuple[int, int, int, int], size: int, flip: bool
+) -> UInt8[np.ndarray, "size size 3"]:
+    """Cut the box (top, left, height, width), resize it with antialias, and mirror it if `flip`."""
+    top, left, height, width = box
     # Cropped first: the filter of a resize reads no pixel outside the crop.
     crop = Image.fromarray(image[top : top + height, left : left + width])
     resized = np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
-    return resized[:, ::-1] if flip and rng.random() < 0.5 else resized
+    return resized[:, ::-1] if flip else resized
 
 
 def eval_transform(
