@@ -5,7 +5,6 @@ tensor after the last step its norm and its sum. `python -m fidelity.trajectorie
 another file of this kind.
 """
 
-import functools
 import json
 import sys
 import zlib
@@ -18,24 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from einops import rearrange
-from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import r18_r34
-from fidelity import torch_resnet, torch_step
+from fidelity import our_step, torch_resnet, torch_step
 from fidelity.claim import Claim, largest_relative_error, relative_error, table
 from fidelity.torch_resnet import TorchResNet
 from fidelity.torch_step import TorchStudent
-from tat_jax import checkpoint, distill, sharding
-from tat_jax.convert import convert_entries, to_ours, to_torch, torch_name
-from tat_jax.distill import Batch, Distillation, TrainState
+from tat_jax import distill, sharding
+from tat_jax.distill import Batch
 from tat_jax.resnet import ARCHITECTURES, BasicBlock, ResNet
-from tat_jax.task import Prepared, prepare
+from tat_jax.task import prepare
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "published_code.json"
-
-# Our attributes of an embedding, and the published ones.
-_EMBEDDING = {"conv": "conv2d", "norm": "l2norm"}
 
 
 def recorded(file: Path = GOLDEN) -> list[dict[str, Any]]:
@@ -85,23 +79,19 @@ def reproduce(
     prepared = prepare(
         config, mesh, num_classes=run["num_classes"], steps_per_epoch=run["steps_per_epoch"], **models
     )
-    state = _with_drawn_embeddings(run, prepared)
-    step = jax.jit(functools.partial(distill.train_step, prepared.task))
-    measured = []
-    for images, labels in _batches(run):
-        batch = Batch(
-            jnp.asarray(rearrange(images, "b c h w -> b h w c")),
-            jnp.asarray(labels),
-            np.ones(run["batch"], bool),
-        )
-        state, metrics = step(state, prepared.teacher, batch)
-        weights = prepared.task.weights.of_logits()
-        metrics["kd"] = sum(weight * metrics[name] for name, weight in weights.items())
-        measured.append({name: float(value) for name, value in metrics.items()})
-    model = nnx.merge(prepared.task.distillation, state.params, state.batch_stats)
+    prepared = our_step.with_embeddings(
+        prepared, lambda module, key, shape: draw_entry(f"{run['id']}/{module}", key, shape)
+    )
+    batches = (
+        Batch(rearrange(images, "b c h w -> b h w c"), labels, np.ones(len(labels), bool))
+        for images, labels in _batches(run)
+    )
+    model, measured = our_step.train(prepared, batches)
+    for metrics in measured:
+        metrics["kd"] = sum(w * metrics[name] for name, w in prepared.task.weights.of_logits().items())
     images = draw(f"{run['id']}/eval/image", (2, 3, run["image_size"], run["image_size"]))
     logits, _ = distill.forward(model.student, jnp.asarray(rearrange(images, "b c h w -> b h w c")))
-    return measured, _published_tensors(model), np.asarray(logits, np.float64)
+    return measured, our_step.published_tensors(model), np.asarray(logits, np.float64)
 
 
 def claims(file: Path = GOLDEN) -> list[Claim]:
@@ -225,51 +215,17 @@ def _config(run: dict[str, Any], dtype: str) -> ConfigDict:
 def _network(run: dict[str, Any], module: str, dtype: str) -> ResNet:
     """Return the student or the teacher, converted from drawn entries under torchvision's names."""
     depths = tuple(run[f"{module}_layers"])
-    architecture = f"basic blocks {depths}"
+    architecture = str(depths)
     ARCHITECTURES.setdefault(architecture, (BasicBlock, depths))
-    arguments: dict[str, Any] = {"architecture": architecture, "num_classes": run["num_classes"]}
-    empty = nnx.eval_shape(lambda: ResNet(**arguments, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
-    entries = {}
-    for path, leaf in checkpoint.network_weights(empty).items():
-        shape = to_torch(path, np.broadcast_to(np.float32(0), leaf.shape)).shape
-        entries[torch_name(path)] = draw_entry(f"{run['id']}/{module}", torch_name(path), shape)
-    network = convert_entries(entries, architecture, source=f"{run['id']}/{module}")
-    model = ResNet(**network.arguments, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
-    checkpoint.set_weights(model, network.weights, source=run["id"])
-    return model
-
-
-def _with_drawn_embeddings(run: dict[str, Any], prepared: Prepared) -> TrainState:
-    """Return the first state, with the embeddings drawn from their names."""
-    model = nnx.merge(prepared.task.distillation, prepared.state.params, prepared.state.batch_stats)
-    for name in ("query", "value"):
-        embedding = getattr(model.tat["layer4"], name)
-        weights = {}
-        for path, leaf in checkpoint.network_weights(embedding).items():
-            shape = to_torch(path, np.broadcast_to(np.float32(0), leaf.shape)).shape
-            entry = draw_entry(f"{run['id']}/{name}", _published_name(path), shape)
-            weights[path] = to_ours(path, entry)
-        checkpoint.set_weights(embedding, weights, source=run["id"])
-    return distill.init_state(model, prepared.task.optimizer)
-
-
-def _published_tensors(model: Distillation) -> dict[str, np.ndarray]:
-    """Return every tensor of a state under the names of the published code."""
-    modules = {
-        "student": model.student,
-        "query": model.tat["layer4"].query,
-        "value": model.tat["layer4"].value,
+    torch_resnet.DEPTHS.setdefault(architecture, depths)
+    with torch.device("meta"):
+        shapes = TorchResNet(architecture, num_classes=run["num_classes"]).state_dict()
+    entries = {
+        name: draw_entry(f"{run['id']}/{module}", name, tuple(tensor.shape))
+        for name, tensor in shapes.items()
+        if not name.endswith("num_batches_tracked")
     }
-    return {
-        f"{name}.{_published_name(path)}": np.asarray(array, np.float64)
-        for name, module in modules.items()
-        for path, array in checkpoint.network_weights(module).items()
-    }
-
-
-def _published_name(path: str) -> str:
-    module, leaf = torch_name(path).rsplit(".", 1)
-    return f"{_EMBEDDING.get(module, module)}.{leaf}"
+    return our_step.network(entries, architecture, dtype=dtype)
 
 
 def main(files: list[str]) -> None:

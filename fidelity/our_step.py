@@ -1,0 +1,74 @@
+"""This package's own training step, started from weights that carry PyTorch's names."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fidelity.torch_resnet import TorchResNet
+from tat_jax import checkpoint, distill, sharding
+from tat_jax.convert import convert_entries, to_ours, to_torch, torch_name
+from tat_jax.distill import Batch, Distillation
+from tat_jax.resnet import ResNet
+from tat_jax.task import Prepared
+
+# Our attributes of an embedding, and the published ones.
+_EMBEDDING = {"conv": "conv2d", "norm": "l2norm"}
+
+
+def network(
+    entries: Mapping[str, np.ndarray], architecture: str, *, dtype: str, bn_group: int | None = None
+) -> ResNet:
+    """Return the network that the converter makes of entries under torchvision's names."""
+    converted = convert_entries(entries, architecture, source="entries")
+    model = ResNet(**converted.arguments, dtype=jnp.dtype(dtype), bn_group=bn_group, rngs=nnx.Rngs(0))
+    checkpoint.set_weights(model, converted.weights, source="entries")
+    return model
+
+
+def entries_of(model: TorchResNet) -> dict[str, np.ndarray]:
+    """Return the tensors of a network in PyTorch by name."""
+    return {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+
+
+def with_embeddings(prepared: Prepared, entry: Callable[[str, str, tuple[int, ...]], np.ndarray]) -> Prepared:
+    """Set the embeddings of `layer4` to `entry(module, key, shape)`, under the published names."""
+    model = nnx.merge(prepared.task.distillation, prepared.state.params, prepared.state.batch_stats)
+    for name in ("query", "value"):
+        embedding = getattr(model.tat["layer4"], name)
+        weights = {}
+        for path, leaf in checkpoint.network_weights(embedding).items():
+            shape = to_torch(path, np.broadcast_to(np.float32(0), leaf.shape)).shape
+            weights[path] = to_ours(path, entry(name, _published_name(path), shape))
+        checkpoint.set_weights(embedding, weights, source=name)
+    state = distill.init_state(model, prepared.task.optimizer)
+    return prepared._replace(state=jax.device_put(state, prepared.state.step.sharding))
+
+
+def train(prepared: Prepared, batches: Iterable[Batch]) -> tuple[Distillation, list[dict[str, float]]]:
+    """Take a step on each batch; return what was trained, and what each step measured."""
+    state = prepared.state
+    step = jax.jit(functools.partial(distill.train_step, prepared.task))
+    measured = []
+    for batch in sharding.put_batches(batches, state.step.sharding.mesh):
+        state, metrics = step(state, prepared.teacher, batch)
+        measured.append({name: float(value) for name, value in metrics.items()})
+    return nnx.merge(prepared.task.distillation, state.params, state.batch_stats), measured
+
+
+def published_tensors(model: Distillation) -> dict[str, np.ndarray]:
+    """Return every tensor of student, query and value, in float64, under the published names."""
+    tat = model.tat["layer4"]
+    return {
+        f"{name}.{_published_name(path)}": to_torch(path, np.asarray(array, np.float64))
+        for name, module in (("student", model.student), ("query", tat.query), ("value", tat.value))
+        for path, array in checkpoint.network_weights(module).items()
+    }
+
+
+def _published_name(path: str) -> str:
+    module, leaf = torch_name(path).rsplit(".", 1)
+    return f"{_EMBEDDING.get(module, module)}.{leaf}"
