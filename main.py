@@ -35,8 +35,8 @@ def main(arguments: list[str]) -> None:
     from tat_jax import evaluate, sharding, study, train
 
     jax.config.update("jax_compilation_cache_dir", str(_CACHE))
-    sharding.start_processes()
     try:
+        sharding.start_processes()
         if _MODE.value == "eval":
             print(evaluate.run(_run_config(workdir), workdir, _CHECKPOINT.value))
             return

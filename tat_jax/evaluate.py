@@ -45,8 +45,7 @@ def run(config: ConfigDict, folder: str | Path, which: str) -> Accuracy:
     choose = {"best": checkpoint.best, "last": checkpoint.last}.get(which)
     network = networks.restore(choose(Path(folder)) if choose else which, dtype=config.dtype)
     mesh = sharding.make_mesh()
-    sharding.check_batch_size(config.batch_size, mesh)
-    pipeline = open_pipeline(config, "val")
+    pipeline = open_pipeline(config, "val", batch_size=sharding.round_up(config.batch_size, mesh))
     graph, weights = nnx.split(network.model)
     return evaluate(graph, jax.device_put(weights, sharding.replicated(mesh)), pipeline, mesh)
 

@@ -7,16 +7,25 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# What starts several processes names itself in the environment: SLURM, Open MPI, or an explicit address.
+# What starts several processes says so in the environment: SLURM, Open MPI, a TPU pod, or a person.
 _CLUSTER_SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-_CLUSTER_ADDRESSES = ("JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES")
+_BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def start_processes() -> None:
-    """Join the other processes of this job, where the environment says that there are any."""
-    several = any(int(os.environ.get(name, 1)) > 1 for name in _CLUSTER_SIZES)
-    several |= any("," in os.environ.get(name, "") for name in _CLUSTER_ADDRESSES[1:])
-    if several or os.environ.get(_CLUSTER_ADDRESSES[0]):
+    """Join the other processes of this job, where the environment says that there are any.
+
+    Raises:
+        ValueError: it says so by hand and not in full.
+    """
+    address, count, index = (os.environ.get(name) for name in _BY_HAND)
+    if address or count or index:
+        if not (address and count and index):
+            raise ValueError(f"of {', '.join(_BY_HAND)} either all or none must be set")
+        jax.distributed.initialize(address, int(count), int(index))
+    elif any(int(os.environ.get(name, 1)) > 1 for name in _CLUSTER_SIZES) or "," in os.environ.get(
+        "TPU_WORKER_HOSTNAMES", ""
+    ):
         jax.distributed.initialize()
 
 
@@ -40,6 +49,11 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Raise a ValueError unless the devices share a batch evenly."""
     if batch_size % mesh.size:
         raise ValueError(f"batch_size={batch_size} is not a multiple of the {mesh.size} devices")
+
+
+def round_up(batch_size: int, mesh: Mesh) -> int:
+    """Return the smallest size not below `batch_size` that the devices share evenly."""
+    return -(-batch_size // mesh.size) * mesh.size
 
 
 def put_batches(batches: Iterable[Any], mesh: Mesh) -> Iterator[Any]:

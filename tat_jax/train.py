@@ -180,7 +180,9 @@ def _keep_config(config: ConfigDict, folder: Path) -> None:
             )
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(new, indent=2) + "\n")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(new, indent=2) + "\n")
+        temporary.replace(path)  # at once, for other processes may be reading
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

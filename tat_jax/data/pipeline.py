@@ -159,8 +159,13 @@ class Pipeline:
         return np.random.default_rng((self._seed, epoch, stream))
 
 
-def open_pipeline(config: ConfigDict, split: str) -> Pipeline:
+def open_pipeline(config: ConfigDict, split: str, *, batch_size: int | None = None) -> Pipeline:
     """Open the split `train` or `val` of a config's data for this process.
+
+    Args:
+        config: as the functions in `configs/` return it.
+        split: "train" or "val".
+        batch_size: instead of the config's.
 
     Raises:
         FileNotFoundError: the images are not there.
@@ -169,7 +174,7 @@ def open_pipeline(config: ConfigDict, split: str) -> Pipeline:
     return Pipeline(
         open_source(config.data, split),
         config.data,
-        batch_size=config.batch_size,
+        batch_size=batch_size or config.batch_size,
         train=split == "train",
         seed=config.seed,
         process_index=jax.process_index(),
