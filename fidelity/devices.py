@@ -52,7 +52,7 @@ def start(layout: Layout, command: list[str], *, x64: bool = False) -> list[str]
         "PYTHONPATH": str(ROOT),
     }
     if layout.processes > 1:
-        environment["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{_free_port()}"
+        environment["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{free_port()}"
         environment["JAX_NUM_PROCESSES"] = str(layout.processes)
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / str(i) for i in range(layout.processes)]
@@ -69,7 +69,8 @@ def start(layout: Layout, command: list[str], *, x64: bool = False) -> list[str]
     return texts
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return the number of a port on which nothing listens."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
