@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 from flax import nnx
 
-from fidelity.torch_resnet import TorchResNet
 from tat_jax import checkpoint, distill, sharding
 from tat_jax.convert import convert_entries, to_ours, to_torch, torch_name
 from tat_jax.distill import Batch, Distillation
@@ -29,8 +29,8 @@ def network(
     return model
 
 
-def entries_of(model: TorchResNet) -> dict[str, np.ndarray]:
-    """Return the tensors of a network in PyTorch by name."""
+def entries_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Return the tensors of a module of PyTorch by name."""
     return {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
 
 

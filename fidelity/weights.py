@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import safetensors.numpy
 import torch
 from einops import rearrange
 from flax import nnx
-from jaxtyping import ArrayLike, Float, UInt8
+from jaxtyping import Float, UInt8
 
 from fidelity import our_step
 from fidelity.claim import Claim, relative_error
@@ -104,7 +105,7 @@ def _differing_tensors(model: TorchResNet, architecture: str) -> dict[str, int]:
 
 
 def _logits(
-    forward: Callable[[np.ndarray], ArrayLike], images: UInt8[np.ndarray, "batch 224 224 3"], description: str
+    forward: Callable[[np.ndarray], Any], images: UInt8[np.ndarray, "batch 224 224 3"], description: str
 ) -> Float[np.ndarray, "batch classes"]:
     """Return the logits of all images, which go through `forward` a few at a time."""
     with progress(len(images), description=description, leave=False) as bar:

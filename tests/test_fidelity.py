@@ -1,16 +1,57 @@
-"""What `make fidelity` proves at length, in short."""
+"""What `make fidelity` proves at length, in short; what takes several devices is in `test_devices`."""
 
+import numpy as np
 import pytest
 
-from fidelity import trajectories
+from fidelity import beside_pytorch, pixels, trajectories, weights
 from fidelity.claim import Claim, table
+from fidelity.photographs import photographs
+
+
+def broken(claims):
+    """Return the claims that do not hold, of which there is at least one that could."""
+    assert any(claim.bound is not None for claim in claims)
+    return [claim for claim in claims if not claim.holds]
 
 
 @pytest.mark.parametrize("run", trajectories.recorded(), ids=lambda run: run["id"])
 def test_training_reproduces_the_runs_recorded_from_the_published_code(run):
     claims = trajectories.claims_in_float64(run)
     assert len(claims) == 7
-    assert [claim for claim in claims if not claim.holds] == []
+    assert broken(claims) == []
+
+
+def test_two_steps_on_photographs_lie_on_pytorchs(tmp_path):
+    claims = beside_pytorch.claims(photographs(None, 16), None, tmp_path / "curves.png", steps=2)
+    assert broken(claims) == []
+    assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_pixels_are_pillows_and_crop_boxes_torchvisions():
+    assert broken(pixels.claims(photographs(None, 10), draws=5_000)) == []
+
+
+@pytest.mark.parametrize("pixels_moved", [0.25, 1])
+def test_a_shift_of_a_crop_is_measured_in_pixels(pixels_moved):
+    x, y = np.meshgrid(np.arange(100), np.arange(100))
+
+    def waves(dx):
+        return np.sin((x - dx) / 9) * np.cos(y / 7) * 100
+
+    assert pixels.shift(waves(pixels_moved), waves(0)) == pytest.approx(pixels_moved, rel=0.05)
+
+
+def test_boxes_of_another_distribution_are_told_apart(monkeypatch):
+    monkeypatch.setattr(pixels, "RATIO", (0.7, 1.4))
+    ours = pixels.random_resized_crop_box
+    monkeypatch.setattr(
+        pixels, "random_resized_crop_box", lambda *args: ours(*args[:3], (0.08, 1.0), (0.75, 4 / 3))
+    )
+    assert min(pixels.box_p_values(375, 500, 5_000).values()) < 1e-6
+
+
+def test_converted_networks_are_pytorchs():
+    assert broken(weights.claims(photographs(None, 4), None)) == []
 
 
 def test_a_broken_claim_is_named_and_nan_never_holds():

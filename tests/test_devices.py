@@ -1,0 +1,46 @@
+"""Neither the number of devices nor that of processes changes what is computed."""
+
+import jax
+import pytest
+
+from fidelity import collectives, counts, ddp, devices
+from fidelity.devices import Layout
+from tat_jax import sharding
+
+
+def broken(claims):
+    return [claim for claim in claims if not claim.holds]
+
+
+def test_two_processes_of_four_devices_train_as_one_device_does():
+    layouts = (Layout(1, 1), Layout(2, 4))
+    claims = devices.compare(layouts, "--config.bn_group=2", *devices.SINGLE, name="", bound=5e-6)
+    assert len(claims) == 1
+    assert broken(claims) == []
+
+
+def test_groups_of_batch_norm_are_the_processes_of_ddp():
+    assert broken(ddp.claims()) == []
+
+
+def test_statistics_of_groups_are_not_communicated():
+    claims = collectives.claims()
+    assert broken(claims) == []
+    grouped, whole = (claim.error for claim in claims[1:])
+    assert 0 < grouped < whole
+
+
+def test_evaluation_counts_every_image_once_whatever_the_devices():
+    assert broken(counts.claims(1_000, (7, 333, 2_000))) == []
+
+
+@pytest.mark.parametrize(("devices", "batch_size", "size"), [(1, 7, 7), (3, 256, 258), (8, 8, 8), (8, 1, 8)])
+def test_a_batch_for_evaluation_grows_to_a_multiple_of_the_devices(devices, batch_size, size):
+    assert sharding.round_up(batch_size, sharding.make_mesh(jax.devices()[:devices])) == size
+
+
+@pytest.mark.parametrize("name", ["JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"])
+def test_processes_started_by_hand_need_address_number_and_index(monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ValueError, match="either all or none must be set"):
+        sharding.start_processes()
