@@ -6,6 +6,7 @@ how far PyTorch's float32 run lies from PyTorch's own float64 run is the measure
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import matplotlib
@@ -20,8 +21,8 @@ from fidelity.photographs import Photograph
 from fidelity.torch_step import TorchStudent
 from fidelity.weights import torch_images, torch_network
 from tat_jax import sharding
+from tat_jax.data.pipeline import Batch
 from tat_jax.data.transforms import decode, train_transform
-from tat_jax.distill import Batch
 from tat_jax.metrics import progress
 from tat_jax.task import prepare
 
@@ -52,7 +53,8 @@ def batches(photos: list[Photograph], steps: int) -> Iterator[Batch]:
             )
             for row in rows
         ]
-        yield Batch(np.stack(images), np.array(rows, np.int32) % CLASSES, np.ones(BATCH, bool))
+        labels = np.array(rows, np.int32) % CLASSES
+        yield Batch(image=np.stack(images), label=labels, where=np.ones(BATCH, bool))
 
 
 def claims(photos: list[Photograph], weights: Path | None, picture: Path, *, steps: int = 50) -> list[Claim]:
@@ -91,7 +93,7 @@ def pytorch(photos: list[Photograph], weights: Path | None, steps: int, dtype: t
     model, teacher = _torch_models(weights)
     model, teacher = model.to(dtype), teacher.to(dtype)
     tensors = (
-        (torch_images(batch.image, dtype), torch.from_numpy(batch.label).long())
+        (torch_images(batch["image"], dtype), torch.from_numpy(batch["label"]).long())
         for batch in _shown(batches(photos, steps), steps, f"PyTorch, {dtype}")
     )
     return np.array(list(torch_step.train(model, teacher, tensors, **_settings())))
@@ -105,9 +107,10 @@ def ours(photos: list[Photograph], weights: Path | None, steps: int) -> Curves:
     config.bn_group = None
     config.optimizer.learning_rate = settings["learning_rate"]
     config.loss.update({name: settings[name] for name in ("alpha", "beta", "temperature")})
+    mesh = sharding.make_mesh(jax.devices()[:1])
     prepared = prepare(
         config,
-        sharding.make_mesh(jax.devices()[:1]),
+        mesh,
         num_classes=CLASSES,
         steps_per_epoch=steps,
         student=our_step.network(our_step.entries_of(model.student), "resnet18", dtype="float32"),
@@ -115,7 +118,7 @@ def ours(photos: list[Photograph], weights: Path | None, steps: int) -> Curves:
     )
     entries = our_step.entries_of(model)
     prepared = our_step.with_embeddings(prepared, lambda module, key, shape: entries[f"{module}.{key}"])
-    _, measured = our_step.train(prepared, _shown(batches(photos, steps), steps, "ours"))
+    _, measured = our_step.train(prepared, _shown(batches(photos, steps), steps, "ours"), mesh)
     weights_of = prepared.task.weights.of_logits()
     for metrics in measured:
         metrics["kd"] = sum(weight * metrics[name] for name, weight in weights_of.items())
@@ -126,7 +129,8 @@ def plot(curves: dict[str, Curves], picture: Path) -> None:
     """Draw the curves over each other, and below them how far each lies from the first."""
     reference = next(iter(curves.values()))
     figure, axes = plt.subplots(2, len(TERMS), figsize=(12, 6), sharex=True, layout="constrained")
-    styles = dict(zip(curves, ({"lw": 5, "alpha": 0.3}, {"lw": 1.5}, {"lw": 1.5, "ls": "--"}), strict=True))
+    looks: list[dict[str, Any]] = [{"lw": 5, "alpha": 0.3}, {"lw": 1.5}, {"lw": 1.5, "ls": "--"}]
+    styles = dict(zip(curves, looks, strict=True))
     for i, term in enumerate(TERMS):
         for name, curve in curves.items():
             steps = np.arange(1, len(curve) + 1)

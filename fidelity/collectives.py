@@ -12,7 +12,8 @@ import numpy as np
 from configs import r18_r34
 from fidelity.claim import Claim
 from tat_jax import distill, sharding
-from tat_jax.distill import Batch, TrainState
+from tat_jax.data.pipeline import Batch
+from tat_jax.distill import TrainState
 from tat_jax.task import prepare
 
 _COLLECTIVE = re.compile(
@@ -69,12 +70,12 @@ def compiled_step(bn_group: int | None, *, devices: int) -> tuple[str, TrainStat
     prepared = prepare(config, mesh, num_classes=10, steps_per_epoch=1)
     size = config.data.image_size
     batch = Batch(
-        np.zeros((config.batch_size, size, size, 3), np.uint8),
-        np.zeros(config.batch_size, np.int32),
-        np.ones(config.batch_size, bool),
+        image=np.zeros((config.batch_size, size, size, 3), np.uint8),
+        label=np.zeros(config.batch_size, np.int32),
+        where=np.ones(config.batch_size, bool),
     )
     (batch,) = sharding.put_batches([batch], mesh)
     whole = sharding.replicated(mesh)
     step = jax.jit(functools.partial(distill.train_step, prepared.task), out_shardings=(whole, whole))
-    program = step.lower(prepared.state, prepared.teacher, batch).compile().as_text()
-    return program, prepared.state
+    compiled = step.lower(prepared.state, prepared.teacher, distill.Batch(**batch)).compile()
+    return str(compiled.as_text()), prepared.state

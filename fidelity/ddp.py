@@ -4,6 +4,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from fidelity.devices import Layout, free_port, start
 from fidelity.torch_resnet import TorchResNet, random_torch_resnet
 from fidelity.torch_step import TorchStudent
 from tat_jax import sharding
-from tat_jax.distill import Batch
+from tat_jax.data.pipeline import Batch
 from tat_jax.task import prepare
 
 PROCESSES, EACH, SIZE, WIDTH, CLASSES = 8, 2, 64, 8, 10
@@ -73,7 +74,8 @@ def _batch() -> Batch:
     rng = np.random.default_rng(0)
     count = PROCESSES * EACH
     images = rng.standard_normal((count, SIZE, SIZE, 3))
-    return Batch(images, rng.integers(0, CLASSES, count).astype(np.int32), np.ones(count, bool))
+    labels = rng.integers(0, CLASSES, count).astype(np.int32)
+    return Batch(image=images, label=labels, where=np.ones(count, bool))
 
 
 def _ours() -> tuple[float, dict[str, np.ndarray]]:
@@ -95,7 +97,7 @@ def _ours() -> tuple[float, dict[str, np.ndarray]]:
     prepared = prepare(config, mesh, num_classes=CLASSES, steps_per_epoch=1, **networks)
     entries = our_step.entries_of(model)
     prepared = our_step.with_embeddings(prepared, lambda module, key, shape: entries[f"{module}.{key}"])
-    after, (measured,) = our_step.train(prepared, [_batch()])
+    after, (measured,) = our_step.train(prepared, [_batch()], mesh)
     return measured["loss"], our_step.published_tensors(after)
 
 
@@ -124,15 +126,16 @@ def main(port: str, folder: str) -> None:
     loss, *_ = torch_step.losses(
         parallel,
         teacher,
-        torch.from_numpy(rearrange(batch.image[rows], "b h w c -> b c h w")),
-        torch.from_numpy(batch.label[rows]).long(),
+        torch.from_numpy(rearrange(batch["image"][rows], "b h w c -> b c h w")),
+        torch.from_numpy(batch["label"][rows]).long(),
         **_TERMS,
         heads=tat.heads,
         tat_weight=tat.weight,
     )
     loss.backward()
-    gradients = {f"gradient/{name}": p.grad.numpy() for name, p in model.named_parameters()}
-    np.savez(Path(folder) / f"{rank}.npz", loss=loss.item(), **gradients, **our_step.entries_of(model))
+    held: dict[str, Any] = our_step.entries_of(model) | {"loss": loss.item()}
+    held |= {f"gradient/{name}": p.grad for name, p in model.named_parameters()}
+    np.savez(Path(folder) / f"{rank}.npz", **held)
     distributed.destroy_process_group()
 
 

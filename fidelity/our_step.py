@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
+from jax.sharding import Mesh
 
 from tat_jax import checkpoint, distill, sharding
 from tat_jax.convert import convert_entries, to_ours, to_torch, torch_name
-from tat_jax.distill import Batch, Distillation
+from tat_jax.data.pipeline import Batch
+from tat_jax.distill import Distillation
 from tat_jax.resnet import ResNet
 from tat_jax.task import Prepared
 
@@ -37,8 +39,7 @@ def entries_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
 def with_embeddings(prepared: Prepared, entry: Callable[[str, str, tuple[int, ...]], np.ndarray]) -> Prepared:
     """Set the embeddings of `layer4` to `entry(module, key, shape)`, under the published names."""
     model = nnx.merge(prepared.task.distillation, prepared.state.params, prepared.state.batch_stats)
-    for name in ("query", "value"):
-        embedding = getattr(model.tat["layer4"], name)
+    for name, embedding in _embeddings(model).items():
         weights = {}
         for path, leaf in checkpoint.network_weights(embedding).items():
             shape = to_torch(path, np.broadcast_to(np.float32(0), leaf.shape)).shape
@@ -48,25 +49,31 @@ def with_embeddings(prepared: Prepared, entry: Callable[[str, str, tuple[int, ..
     return prepared._replace(state=jax.device_put(state, prepared.state.step.sharding))
 
 
-def train(prepared: Prepared, batches: Iterable[Batch]) -> tuple[Distillation, list[dict[str, float]]]:
+def train(
+    prepared: Prepared, batches: Iterable[Batch], mesh: Mesh
+) -> tuple[Distillation, list[dict[str, float]]]:
     """Take a step on each batch; return what was trained, and what each step measured."""
     state = prepared.state
     step = jax.jit(functools.partial(distill.train_step, prepared.task))
     measured = []
-    for batch in sharding.put_batches(batches, state.step.sharding.mesh):
-        state, metrics = step(state, prepared.teacher, batch)
+    for batch in sharding.put_batches(batches, mesh):
+        state, metrics = step(state, prepared.teacher, distill.Batch(**batch))
         measured.append({name: float(value) for name, value in metrics.items()})
     return nnx.merge(prepared.task.distillation, state.params, state.batch_stats), measured
 
 
 def published_tensors(model: Distillation) -> dict[str, np.ndarray]:
     """Return every tensor of student, query and value, in float64, under the published names."""
-    tat = model.tat["layer4"]
+    modules = {"student": model.student, **_embeddings(model)}
     return {
         f"{name}.{_published_name(path)}": to_torch(path, np.asarray(array, np.float64))
-        for name, module in (("student", model.student), ("query", tat.query), ("value", tat.value))
+        for name, module in modules.items()
         for path, array in checkpoint.network_weights(module).items()
     }
+
+
+def _embeddings(model: Distillation) -> dict[str, nnx.Module]:
+    return {name: getattr(model.tat["layer4"], name) for name in ("query", "value")}
 
 
 def _published_name(path: str) -> str:

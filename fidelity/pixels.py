@@ -110,7 +110,9 @@ def claims(photos: list[Photograph], *, draws: int = 100_000) -> list[Claim]:
         theirs = Image.open(io.BytesIO(photo.jpeg)).convert("RGB")
         expected = resize_and_centre_crop(theirs).astype(int)
         largest = max(largest, np.abs(eval_transform(ours, resize=RESIZE, size=SIZE) - expected).max())
-        box, flip = random_resized_crop_box(*ours.shape[:2], rng, SCALE, RATIO), bool(rng.random() < 0.5)
+        height, width = ours.shape[:2]
+        box = random_resized_crop_box(height, width, rng, SCALE, RATIO)
+        flip = bool(rng.random() < 0.5)
         crop, expected = crop_and_resize(ours, box, SIZE, flip), crop_resize_and_flip(theirs, box, flip)
         means.append(np.abs(crop - expected.astype(int)).mean())
         shifts.append(shift(crop, expected))

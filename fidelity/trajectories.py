@@ -25,7 +25,7 @@ from fidelity.claim import Claim, largest_relative_error, relative_error, table
 from fidelity.torch_resnet import TorchResNet
 from fidelity.torch_step import TorchStudent
 from tat_jax import distill, sharding
-from tat_jax.distill import Batch
+from tat_jax.data.pipeline import Batch
 from tat_jax.resnet import ARCHITECTURES, BasicBlock, ResNet
 from tat_jax.task import prepare
 
@@ -83,10 +83,10 @@ def reproduce(
         prepared, lambda module, key, shape: draw_entry(f"{run['id']}/{module}", key, shape)
     )
     batches = (
-        Batch(rearrange(images, "b c h w -> b h w c"), labels, np.ones(len(labels), bool))
+        Batch(image=rearrange(images, "b c h w -> b h w c"), label=labels, where=np.ones(len(labels), bool))
         for images, labels in _batches(run)
     )
-    model, measured = our_step.train(prepared, batches)
+    model, measured = our_step.train(prepared, batches, mesh)
     for metrics in measured:
         metrics["kd"] = sum(w * metrics[name] for name, w in prepared.task.weights.of_logits().items())
     images = draw(f"{run['id']}/eval/image", (2, 3, run["image_size"], run["image_size"]))
@@ -230,7 +230,7 @@ def _network(run: dict[str, Any], module: str, dtype: str) -> ResNet:
 
 def main(files: list[str]) -> None:
     """Check the runs recorded in `files`, and exit with 1 if a bound is broken."""
-    found = [claim for file in files or [GOLDEN] for claim in claims(Path(file))]
+    found = [claim for file in files or [str(GOLDEN)] for claim in claims(Path(file))]
     print(table(found))
     sys.exit(not all(claim.holds for claim in found))
 
