@@ -1,4 +1,4 @@
-# make demo | make test | make imagenet TARS=folder | make clean
+# make demo | make test | make fidelity | make imagenet TARS=folder | make clean
 PYTHON ?= python3
 # cuda12 where an NVIDIA driver answers, else cpu; `make demo ACCELERATOR=tpu` on a TPU.
 ACCELERATOR ?= $(shell nvidia-smi >/dev/null 2>&1 && echo cuda12 || echo cpu)
@@ -7,7 +7,7 @@ DATA ?= data/imagenet
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test imagenet clean
+.PHONY: demo test fidelity imagenet clean
 
 demo: $(VENV)/installed-$(ACCELERATOR)
 	$(BIN)/python main.py
@@ -17,6 +17,11 @@ test: $(VENV)/installed-$(ACCELERATOR)-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# Measure every claim of docs/fidelity.md anew. PHOTOS: a folder of JPEG files. WEIGHTS: a folder of resnet18*
+# and resnet34* (.pth or .safetensors). Without them: pieces of scikit-learn's two photographs, random weights.
+fidelity: $(VENV)/installed-$(ACCELERATOR)-test
+	$(BIN)/python -m fidelity $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
 # Pack ImageNet once as tfds reads it: TARS holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
 imagenet: $(VENV)/installed-$(ACCELERATOR)-prepare
