@@ -43,8 +43,8 @@ def table(claims: list[Claim]) -> str:
     """Return the claims as a Markdown table, which is readable as it stands."""
     rows = [("claim", "reference", "measured error", "bound", "")]
     for c in claims:
-        bound = "reported" if c.bound is None else f"{c.bound:.2g}"
-        rows.append((c.claim, c.reference, f"{c.error:.2g}", bound, "holds" if c.holds else "BROKEN"))
+        bound = ("reported", "") if c.bound is None else (f"{c.bound:.2g}", "holds" if c.holds else "BROKEN")
+        rows.append((c.claim, c.reference, f"{c.error:.2g}", *bound))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, " | ".join("-" * width for width in widths))

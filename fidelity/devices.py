@@ -24,9 +24,8 @@ class Layout(NamedTuple):
     devices: int
 
     def __str__(self) -> str:
-        return (
-            f"{self.processes} × {self.devices} devices" if self.processes > 1 else f"{self.devices} devices"
-        )
+        processes = f"{self.processes} × " if self.processes > 1 else ""
+        return f"{processes}{self.devices} device{'s' if self.devices > 1 else ''}"
 
 
 LAYOUTS = (Layout(1, 1), Layout(1, 2), Layout(1, 4), Layout(1, 8), Layout(2, 4))

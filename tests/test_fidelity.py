@@ -58,3 +58,4 @@ def test_a_broken_claim_is_named_and_nan_never_holds():
     claims = [Claim("a", "b", 2e-3, 1e-3), Claim("c", "d", float("nan"), 1.0), Claim("e", "f", 1.0, None)]
     assert [claim.holds for claim in claims] == [False, False, True]
     assert table(claims).count("BROKEN") == 2
+    assert "holds" not in table(claims)
