@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import base, digits, r18_r34, r18_r34_kd, supervised
+from configs import base, digits, r18_r34, r18_r34_ce, r18_r34_kd, r18_r34_scratch, supervised
 from tat_jax import checkpoint, evaluate, study, train
 from tat_jax.metrics import read_rows
 from tests.tiny import Tiny
@@ -185,7 +185,7 @@ def test_a_run_without_checkpoints_comes_with_the_command_that_makes_them(tmp_pa
         evaluate.run(config_of(), tmp_path, "best")
 
 
-@pytest.mark.parametrize("experiment", [r18_r34, r18_r34_kd, supervised, digits])
+@pytest.mark.parametrize("experiment", [r18_r34, r18_r34_ce, r18_r34_kd, r18_r34_scratch, supervised, digits])
 def test_every_config_has_a_miniature_without_files(experiment):
     config = experiment.get_config("smoke")
     assert config.data.source == "digits"
@@ -201,6 +201,20 @@ def test_the_recipe_is_the_authors():
     optimizer = config.optimizer
     assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay) == ("adamw", 1.6e-3, 5e-4)
     assert (optimizer.milestones, optimizer.gamma) == ((30, 60, 90), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes"),
+    [
+        (r18_r34_kd, {"loss.alpha": 0.5, "loss.beta": 0.5, "tat.layer4.weight": 0.1}),
+        (r18_r34_ce, {"loss.alpha": 1.0, "tat.layer4.weight": 0.0}),
+        (r18_r34_scratch, {"student.weights": "random"}),
+    ],
+)
+def test_a_variant_is_the_recipe_but_for_what_its_name_says(variant, changes):
+    config = r18_r34.get_config()
+    config.update_from_flattened_dict(changes)
+    assert variant.get_config() == config
 
 
 def test_a_study_compares_its_students_and_their_networks_evaluate_to_what_it_says(tmp_path):
