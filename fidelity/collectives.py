@@ -1,6 +1,5 @@
 """What the devices tell each other in a step, read from the compiled program."""
 
-import functools
 import math
 import re
 from collections import Counter
@@ -15,13 +14,13 @@ from tat_jax import distill, sharding
 from tat_jax.data.pipeline import Batch
 from tat_jax.distill import TrainState
 from tat_jax.task import prepare
+from tat_jax.train import jit_train_step
 
 _COLLECTIVE = re.compile(
     r"= (.+?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)"
     r"(?:-start)?\("
 )
 _SHAPE = re.compile(r"\w+\[([\d,]*)\]")
-
 
 Arrays = Counter[tuple[int, ...]]  # how many there are of each shape
 
@@ -75,7 +74,6 @@ def compiled_step(bn_group: int | None, *, devices: int) -> tuple[str, TrainStat
         where=np.ones(config.batch_size, bool),
     )
     (batch,) = sharding.put_batches([batch], mesh)
-    whole = sharding.replicated(mesh)
-    step = jax.jit(functools.partial(distill.train_step, prepared.task), out_shardings=(whole, whole))
+    step = jit_train_step(prepared.task, mesh)
     compiled = step.lower(prepared.state, prepared.teacher, distill.Batch(**batch)).compile()
     return str(compiled.as_text()), prepared.state

@@ -1,6 +1,5 @@
 """This package's own training step, started from weights that carry PyTorch's names."""
 
-import functools
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
@@ -16,6 +15,7 @@ from tat_jax.data.pipeline import Batch
 from tat_jax.distill import Distillation
 from tat_jax.resnet import ResNet
 from tat_jax.task import Prepared
+from tat_jax.train import jit_train_step
 
 # Our attributes of an embedding, and the published ones.
 _EMBEDDING = {"conv": "conv2d", "norm": "l2norm"}
@@ -54,7 +54,7 @@ def train(
 ) -> tuple[Distillation, list[dict[str, float]]]:
     """Take a step on each batch; return what was trained, and what each step measured."""
     state = prepared.state
-    step = jax.jit(functools.partial(distill.train_step, prepared.task))
+    step = jit_train_step(prepared.task, mesh)
     measured = []
     for batch in sharding.put_batches(batches, mesh):
         state, metrics = step(state, prepared.teacher, distill.Batch(**batch))

@@ -75,11 +75,7 @@ def run(
         teacher=teacher,
     )
     _keep_config(config, folder)
-    step_fn = jax.jit(
-        functools.partial(distill.train_step, task),
-        donate_argnums=0,
-        out_shardings=(sharding.replicated(mesh), sharding.replicated(mesh)),
-    )
+    step_fn = jit_train_step(task, mesh)
     show = jax.process_index() == 0
 
     with RunCheckpoints(folder) as checkpoints, _stop_requests() as stop_requested:
@@ -131,6 +127,14 @@ def run(
         report.plot_run(rows, folder / "curves.png")
     evaluated = [row for row in rows if "eval/top1" in row]
     return {"last": evaluated[-1], "best": max(evaluated, key=lambda row: (row["eval/top1"], row["step"]))}
+
+
+def jit_train_step(task: Task, mesh: Mesh) -> jax.stages.Wrapped:
+    """Return the step of a task, compiled for the devices of a mesh; the state passed to it is donated."""
+    whole = sharding.replicated(mesh)
+    return jax.jit(
+        functools.partial(distill.train_step, task), donate_argnums=0, out_shardings=(whole, whole)
+    )
 
 
 def _network(task: Task, state: TrainState) -> tuple[nnx.GraphDef, nnx.State]:
