@@ -1,12 +1,15 @@
 """What all tests share: eight simulated devices, exact types on request, and no silent broadcasting."""
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import pytest
+
+from tests.images import encode, photograph
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -16,3 +19,16 @@ def x64():
     """Compute in float64 where asked for."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a function that makes small images at the paths given, below a root, and returns the root."""
+
+    def make(*paths: str) -> Path:
+        for i, path in enumerate(paths):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_bytes(encode(photograph(12, 16, seed=i)))
+        return tmp_path
+
+    return make

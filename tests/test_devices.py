@@ -6,10 +6,7 @@ import pytest
 from fidelity import collectives, counts, ddp, devices
 from fidelity.devices import Layout
 from tat_jax import sharding
-
-
-def broken(claims):
-    return [claim for claim in claims if not claim.holds]
+from tests.claims import broken
 
 
 def test_two_processes_of_four_devices_train_as_one_device_does():

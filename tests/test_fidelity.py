@@ -6,12 +6,7 @@ import pytest
 from fidelity import beside_pytorch, pixels, trajectories, weights
 from fidelity.claim import Claim, table
 from fidelity.photographs import photographs
-
-
-def broken(claims):
-    """Return the claims that do not hold, of which there is at least one that could."""
-    assert any(claim.bound is not None for claim in claims)
-    return [claim for claim in claims if not claim.holds]
+from tests.claims import broken
 
 
 @pytest.mark.parametrize("run", trajectories.recorded(), ids=lambda run: run["id"])

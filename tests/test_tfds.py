@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from PIL import Image
 
 from tat_jax.data import prepare
 from tat_jax.data.sources import Tfds
+from tests.interpreter import run_python
 
 
 def jpeg(i: int) -> bytes:
@@ -84,16 +84,13 @@ def test_validation_is_the_split_of_that_name(data_dir):
 
 
 def test_reading_imports_no_tensorflow(data_dir):
-    code = (
-        "import sys; from tat_jax.data.sources import Tfds; "
-        f"Tfds('miniature', {str(data_dir)!r}, 'train')[0]; print('tensorflow' in sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parent.parent,
+    done = run_python(
+        f"""
+        import sys
+        from tat_jax.data.sources import Tfds
+        Tfds("miniature", {str(data_dir)!r}, "train")[0]
+        print("tensorflow" in sys.modules)
+        """
     )
     assert done.stdout.strip() == "False"
 

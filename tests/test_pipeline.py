@@ -1,0 +1,208 @@
+"""The input pipeline: every image once, the same whatever reads it, and broken files named."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from tat_jax.data.pipeline import Pipeline, open_pipeline
+from tat_jax.data.sources import Example, ImageFolder
+from tat_jax.data.transforms import DecodeError, eval_transform
+from tests.images import encode, photograph
+from tests.interpreter import run_python
+
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+
+
+class Photographs:
+    """So many different images in memory; `files` replaces some by files, and `read` notes what was read."""
+
+    num_classes = 7
+
+    def __init__(self, count: int, files: dict[int, bytes] | None = None):
+        self.count = count
+        self.files = files or {}
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Example:
+        self.read.append(index)
+        image = self.files.get(index, photograph(10, 12, seed=index))
+        return Example(image, index % self.num_classes, f"photograph {index}")
+
+
+def make(source, *, batch_size=8, train=True, seed=0, threads=0, skip_broken=False, **options) -> Pipeline:
+    data = ConfigDict(
+        {
+            "image_size": 8,
+            "eval_resize": 10,
+            "crop_scale": SCALE,
+            "crop_ratio": RATIO,
+            "flip": True,
+            "skip_broken": skip_broken,
+        }
+    )
+    return Pipeline(source, data, batch_size=batch_size, train=train, seed=seed, threads=threads, **options)
+
+
+def assert_same(got, expected) -> None:
+    got, expected = list(got), list(expected)
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        for key in ("image", "label", "where"):
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+counts = st.integers(1, 150)
+batch_sizes = st.sampled_from([4, 8, 36, 100])
+
+
+class TestPipeline:
+    @settings(deadline=None, max_examples=15)
+    @given(count=counts, batch_size=batch_sizes, train=st.booleans(), threads=st.sampled_from([1, 4]))
+    def test_the_number_of_threads_changes_nothing(self, count, batch_size, train, threads):
+        source = Photographs(count)
+        expected = make(source, batch_size=batch_size, train=train, threads=0).epoch(3)
+        assert_same(make(source, batch_size=batch_size, train=train, threads=threads).epoch(3), expected)
+
+    @settings(deadline=None, max_examples=15)
+    @given(count=counts, batch_size=batch_sizes, train=st.booleans(), processes=st.sampled_from([2, 4]))
+    def test_processes_hold_consecutive_rows_of_the_same_batches(self, count, batch_size, train, processes):
+        source = Photographs(count)
+        local = [
+            make(source, batch_size=batch_size, train=train, process_index=i, process_count=processes).epoch(
+                1
+            )
+            for i in range(processes)
+        ]
+        joined = [
+            {key: np.concatenate([rows[key] for rows in step]) for key in step[0]}
+            for step in zip(*local, strict=True)
+        ]
+        assert_same(joined, make(source, batch_size=batch_size, train=train).epoch(1))
+
+    @settings(deadline=None, max_examples=15)
+    @given(st.data(), counts, batch_sizes, st.sampled_from([0, 2]))
+    def test_a_resumed_epoch_is_the_uninterrupted_one(self, data, count, batch_size, threads):
+        whole = make(Photographs(count), batch_size=batch_size, threads=threads)
+        start = data.draw(st.integers(0, whole.steps_per_epoch))
+        resumed = make(Photographs(count), batch_size=batch_size, threads=threads)
+        assert_same(resumed.epoch(2, start_step=start), list(whole.epoch(2))[start:])
+
+    def test_resuming_reads_nothing_of_what_was_before(self):
+        source = Photographs(100)
+        list(make(source, batch_size=8).epoch(0, start_step=12))
+        assert len(source.read) == 4
+
+    @settings(deadline=None, max_examples=15)
+    @given(count=counts, batch_size=batch_sizes, train=st.booleans())
+    def test_an_epoch_has_every_image_exactly_once(self, count, batch_size, train):
+        source = Photographs(count)
+        batches = list(make(source, batch_size=batch_size, train=train, threads=2).epoch(0))
+        assert len(batches) == -(-count // batch_size)
+        assert sorted(source.read) == list(range(count))
+        assert sum(batch["where"].sum() for batch in batches) == count
+        for batch in batches:
+            assert batch["image"].shape == (batch_size, 8, 8, 3)
+            assert (batch["image"].dtype, batch["label"].dtype) == (np.uint8, np.int32)
+            assert batch["where"].dtype == bool
+            assert not batch["image"][~batch["where"]].any()
+            assert not batch["label"][~batch["where"]].any()
+
+    def test_evaluation_keeps_the_order_and_changes_no_image(self):
+        source = Photographs(20)
+        rows = [
+            (image, label)
+            for batch in make(source, train=False).epoch(0)
+            for image, label, where in zip(batch["image"], batch["label"], batch["where"], strict=True)
+            if where
+        ]
+        for i, (image, label) in enumerate(rows):
+            np.testing.assert_array_equal(image, eval_transform(photograph(10, 12, i), resize=10, size=8))
+            assert label == i % 7
+
+    @pytest.mark.parametrize("other", [{"epoch": 1}, {"seed": 1}], ids=str)
+    def test_another_epoch_or_seed_has_another_order_and_other_crops(self, other):
+        def images_by_label(epoch=0, seed=0):
+            source = Photographs(7)
+            (batch,) = make(source, seed=seed).epoch(epoch)
+            return source.read, batch["image"][np.argsort(batch["label"][:7])]
+
+        order, images = images_by_label()
+        other_order, other_images = images_by_label(**other)
+        assert order != other_order
+        assert all((images[i] != other_images[i]).any() for i in range(7))
+
+    @pytest.mark.parametrize("threads", [0, 1, 4])
+    def test_a_broken_file_stops_the_epoch_at_its_batch_with_its_name(self, threads):
+        whole = encode(photograph())
+        source = Photographs(200, {150: whole[: len(whole) // 2]})
+        batches = make(source, train=False, threads=threads).epoch(0)
+        start = time.monotonic()
+        for _ in range(150 // 8):
+            next(batches)
+        with pytest.raises(DecodeError, match=r"^photograph 150: .*truncated[^\n]*$"):
+            next(batches)
+        assert time.monotonic() - start < 10
+
+    @pytest.mark.parametrize("threads", [0, 3])
+    def test_broken_files_can_be_skipped_and_are_counted(self, threads):
+        broken = {3: b"", 40: b"<html>", 41: encode(photograph())[:300]}
+        images = make(Photographs(60, broken), train=False, threads=threads, skip_broken=True)
+        for _ in range(2):
+            where = np.concatenate([batch["where"] for batch in images.epoch(0)])
+            assert set(np.flatnonzero(~where[:60])) == {3, 40, 41}
+        assert images.skipped == {i: f"photograph {i}" for i in broken}
+
+    def test_a_file_that_cannot_be_read_is_no_broken_image(self, folder):
+        root = folder("train/ant/1.jpg", "train/ant/2.jpg")
+        source = ImageFolder(root, "train")
+        (root / "train/ant/2.jpg").unlink()
+        with pytest.raises(FileNotFoundError, match=r"ant/2\.jpg"):
+            list(make(source, threads=2, skip_broken=True).epoch(0))
+
+    def test_an_abandoned_epoch_does_not_keep_the_process(self):
+        done = run_python(
+            """
+            import time
+            from tests.test_pipeline import Photographs, make
+            class Slow(Photographs):
+                def __getitem__(self, index):
+                    time.sleep(0.01)
+                    return super().__getitem__(index)
+            closed, kept = (make(Slow(100_000), threads=4).epoch(0) for _ in range(2))
+            next(closed), next(kept)
+            closed.close()
+            print("done")
+            """
+        )
+        assert done.stdout.strip() == "done"
+
+    def test_files_and_arrays_give_the_same(self):
+        arrays = Photographs(5)
+        files = Photographs(5, {i: encode(photograph(10, 12, seed=i), "PNG") for i in range(5)})
+        assert_same(make(files).epoch(0), make(arrays).epoch(0))
+
+    def test_a_batch_that_processes_cannot_share_is_an_error(self):
+        with pytest.raises(ValueError, match="batch_size=10 is not a multiple of the 4 processes"):
+            make(Photographs(20), batch_size=10, process_count=4)
+
+    def test_an_evaluation_that_cannot_crop_fails_before_it_starts(self):
+        data = ConfigDict({"image_size": 64, "eval_resize": 60})
+        with pytest.raises(ValueError, match=r"eval_resize=60 is less than image_size=64"):
+            Pipeline(Photographs(1), data, batch_size=1, train=True, seed=0, threads=0)
+
+    def test_a_config_opens_both_splits(self):
+        from configs import digits
+
+        config = digits.get_config()
+        config.data.threads = 1
+        train, val = open_pipeline(config, "train"), open_pipeline(config, "val")
+        assert (len(train.source), train.steps_per_epoch) == (50, 1)
+        assert (len(val.source), val.steps_per_epoch) == (797, 16)
+        assert next(val.epoch(0))["image"].shape == (50, 16, 16, 3)

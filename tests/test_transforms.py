@@ -1,0 +1,225 @@
+"""Pixels: decoded as Pillow does or refused by name, cropped as torchvision does."""
+
+import contextlib
+import io
+import resource
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tat_jax.data.transforms import (
+    DecodeError,
+    decode,
+    eval_transform,
+    random_resized_crop_box,
+    train_transform,
+)
+from tests.images import encode, photograph
+from tests.interpreter import run_python
+
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims so many pixels and holds none."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for chunk in (header, b"IDAT")
+    )
+
+
+class TestDecode:
+    @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+    @pytest.mark.parametrize(
+        ("mode", "kind", "options"),
+        [
+            ("RGB", "JPEG", {}),
+            ("RGB", "JPEG", {"progressive": True}),
+            ("L", "JPEG", {}),
+            ("CMYK", "JPEG", {}),
+            ("1", "PNG", {}),
+            ("L", "PNG", {}),
+            ("LA", "PNG", {}),
+            ("P", "PNG", {}),
+            ("P", "PNG", {"transparency": bytes(range(256))}),
+            ("RGBA", "PNG", {}),
+            ("I;16", "PNG", {}),
+            ("RGB", "WEBP", {"lossless": True}),
+            ("RGB", "BMP", {}),
+            ("RGB", "PPM", {}),
+            ("RGB", "TIFF", {}),
+        ],
+    )
+    def test_every_mode_becomes_what_pillow_makes_of_it(self, mode, kind, options):
+        image = Image.fromarray(photograph()).convert("L" if mode == "I;16" else mode)
+        if mode == "I;16":
+            image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+        data = encode(image, kind, **options)
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        got = decode(data, "photo.JPEG")
+        assert got.dtype == np.uint8
+        assert got.shape == (40, 60, 3)
+        np.testing.assert_array_equal(got, expected)
+
+    def test_cmyk_inks_are_not_inverted(self):
+        red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+        assert np.abs(decode(encode(red), "red.JPEG").astype(int) - [255, 0, 0]).max() < 8
+
+    def test_the_exif_orientation_is_not_applied(self):
+        image = Image.fromarray(photograph(40, 60))
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        np.testing.assert_array_equal(decode(encode(image, exif=exif), "a"), decode(encode(image), "b"))
+
+    @pytest.mark.parametrize(
+        ("data", "reason"),
+        [
+            (b"", "the file is empty"),
+            (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", r"not an image; .*<!DOCTYPE"),
+            (b"\0" * 5000, "not an image"),
+            (encode(photograph())[100:], "not an image"),
+            (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n", "not an image"),
+            (encode(photograph())[:20], "not an image"),
+        ],
+        ids=["empty", "html", "zeros", "headless", "postscript", "header"],
+    )
+    def test_what_is_no_image_is_named(self, data, reason):
+        with pytest.raises(DecodeError, match=rf"^/data/n01440764/broken\.JPEG: {reason}.*$"):
+            decode(data, "/data/n01440764/broken.JPEG")
+
+    @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"kind": "PNG"}], ids=str)
+    @settings(deadline=None)
+    @given(kept=st.floats(0, 1))
+    def test_a_truncated_file_is_an_error_and_never_half_an_image(self, options, kept):
+        data = encode(photograph(), **options)
+        try:
+            image = decode(data[: int(kept * len(data))], "cut.JPEG")
+        except DecodeError:
+            return
+        np.testing.assert_array_equal(image, decode(data, "whole.JPEG"))
+
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF"])
+    @settings(deadline=None)
+    @given(st.data())
+    def test_whatever_is_wrong_with_a_file_the_error_is_ours(self, kind, data):
+        bytes_ = bytearray(encode(photograph(12, 12), kind))
+        for place in data.draw(st.lists(st.integers(0, len(bytes_) - 1), min_size=1, max_size=8)):
+            bytes_[place] = data.draw(st.integers(0, 255))
+        with contextlib.suppress(DecodeError):
+            assert decode(bytes(bytes_), "x").dtype == np.uint8
+
+    # Pillow itself only warns of the second.
+    @pytest.mark.parametrize(("width", "height"), [(30_000, 30_000), (10_000, 10_000)])
+    def test_a_decompression_bomb_is_refused_before_it_takes_memory(self, width, height):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(DecodeError, match=r"bomb\.png: .*pixels"):
+            decode(png_header(width, height), "bomb.png")
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+
+    def test_pillows_warnings_do_not_reach_the_user(self):
+        done = run_python(
+            """
+            import io
+            from PIL import Image
+            from tat_jax.data.transforms import DecodeError, decode
+            from tests.images import encode
+            from tests.test_transforms import png_header
+            palette = Image.new("P", (8, 8))
+            assert decode(encode(palette, "PNG", transparency=bytes(range(256))), "a").shape == (8, 8, 3)
+            try:
+                decode(png_header(10_000, 10_000), "bomb")
+            except DecodeError as error:
+                print(error)
+            """
+        )
+        assert done.stdout.strip() == "bomb: 100,000,000 pixels, more than the 89,478,485 allowed"
+        assert done.stderr == ""
+
+
+class TestRandomResizedCrop:
+    @given(
+        height=st.integers(1, 600),
+        width=st.integers(1, 600),
+        seed=st.integers(0, 2**32),
+        low=st.floats(0.01, 1),
+    )
+    def test_a_crop_lies_in_the_image_and_in_the_ranges(self, height, width, seed, low):
+        rng = np.random.default_rng(seed)
+        top, left, crop_height, crop_width = random_resized_crop_box(height, width, rng, (low, 1), RATIO)
+        assert 0 <= top <= top + crop_height <= height
+        assert 0 <= left <= left + crop_width <= width
+        assert crop_height > 0
+        assert crop_width > 0
+        # Each side is rounded by up to half a pixel.
+        assert (crop_width - 0.5) / (crop_height + 0.5) <= RATIO[1] + 1e-9
+        assert (crop_width + 0.5) / (crop_height - 0.5) >= RATIO[0] - 1e-9
+
+    @pytest.mark.parametrize(
+        ("height", "width", "box"),
+        [
+            (10, 1000, (0, 493, 10, 13)),
+            (1000, 10, (493, 0, 13, 10)),
+            (1, 1000, (0, 499, 1, 1)),
+            (100, 110, (0, 0, 100, 110)),
+        ],
+    )
+    def test_what_never_fits_becomes_the_central_crop(self, height, width, box):
+        # Four times the area of the image fits nowhere.
+        rng = np.random.default_rng(0)
+        assert random_resized_crop_box(height, width, rng, (4, 4), RATIO) == box
+
+    def test_the_whole_area_of_a_square_is_the_square(self):
+        assert random_resized_crop_box(64, 64, np.random.default_rng(0), (1, 1), (1, 1)) == (0, 0, 64, 64)
+
+
+class TestTransforms:
+    @given(seed=st.integers(0, 2**32))
+    def test_training_crops_first_and_then_resizes_with_antialias(self, seed):
+        image = photograph()
+        got = train_transform(
+            image, np.random.default_rng(seed), size=16, scale=SCALE, ratio=RATIO, flip=False
+        )
+        top, left, height, width = random_resized_crop_box(40, 60, np.random.default_rng(seed), SCALE, RATIO)
+        crop = Image.fromarray(image).crop((left, top, left + width, top + height))
+        np.testing.assert_array_equal(got, np.asarray(crop.resize((16, 16), Image.Resampling.BILINEAR)))
+
+    def test_half_of_the_images_are_mirrored(self):
+        image = photograph(16, 16)
+        rng = np.random.default_rng(0)
+        mirrored = 0
+        for _ in range(400):
+            got = train_transform(image, rng, size=16, scale=(1, 1), ratio=(1, 1), flip=True)
+            is_mirrored = np.array_equal(got, image[:, ::-1])
+            assert is_mirrored or np.array_equal(got, image)
+            mirrored += is_mirrored
+        assert 160 < mirrored < 240
+
+    @pytest.mark.parametrize(
+        ("height", "width", "top", "left"),
+        # Halves are rounded to the even neighbour: 58.5 to 58, 59.5 to 60.
+        [(256, 341, 16, 58), (256, 343, 16, 60), (341, 256, 58, 16), (256, 256, 16, 16)],
+    )
+    def test_evaluation_takes_the_centre(self, height, width, top, left):
+        image = photograph(height, width)
+        expected = image[top : top + 224, left : left + 224]
+        np.testing.assert_array_equal(eval_transform(image, resize=256, size=224), expected)
+
+    def test_evaluation_resizes_the_shorter_side_and_cuts_off_the_fraction_of_the_longer(self):
+        image = photograph(300, 500)
+        resized = np.asarray(Image.fromarray(image).resize((426, 256), Image.Resampling.BILINEAR))
+        np.testing.assert_array_equal(eval_transform(image, resize=256, size=224), resized[16:240, 101:325])
+
+    @given(height=st.integers(1, 80), width=st.integers(1, 80), margin=st.integers(0, 9))
+    def test_evaluation_gives_its_size_for_every_image(self, height, width, margin):
+        image = np.zeros((height, width, 3), np.uint8)
+        assert eval_transform(image, resize=20 + margin, size=20).shape == (20, 20, 3)
+
+    def test_a_centre_larger_than_the_image_is_an_error(self):
+        with pytest.raises(ValueError, match=r"224 pixels .* 200$"):
+            eval_transform(photograph(), resize=200, size=224)
