@@ -1,6 +1,6 @@
 """This package's own training step, started from weights that carry PyTorch's names."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from tat_jax import checkpoint, distill, sharding
 from tat_jax.convert import convert_entries, to_ours, to_torch, torch_name
 from tat_jax.data.pipeline import Batch
-from tat_jax.distill import Distillation
+from tat_jax.distill import Distillation, TrainState
 from tat_jax.resnet import ResNet
 from tat_jax.task import Prepared
 from tat_jax.train import jit_train_step
@@ -49,17 +49,34 @@ def with_embeddings(prepared: Prepared, entry: Callable[[str, str, tuple[int, ..
     return prepared._replace(state=jax.device_put(state, prepared.state.step.sharding))
 
 
+def steps(
+    prepared: Prepared, batches: Iterable[Batch], mesh: Mesh, *, states: Iterable[TrainState] | None = None
+) -> Iterator[tuple[TrainState, dict[str, float]]]:
+    """Take a step on each batch; yield the state after it, and what it measured.
+
+    Args:
+        prepared: where to start.
+        batches: one a step.
+        mesh: the devices.
+        states: those to take the steps from, instead of the one that the step before led to.
+    """
+    step = jit_train_step(prepared.task, mesh)
+    given = iter(states) if states is not None else None
+    state = prepared.state
+    for batch in sharding.put_batches(batches, mesh):
+        if given is not None:
+            state = jax.device_put(next(given), sharding.replicated(mesh))
+        state, metrics = step(state, prepared.teacher, distill.Batch(**batch))
+        yield state, {name: float(value) for name, value in metrics.items()}
+
+
 def train(
     prepared: Prepared, batches: Iterable[Batch], mesh: Mesh
 ) -> tuple[Distillation, list[dict[str, float]]]:
     """Take a step on each batch; return what was trained, and what each step measured."""
-    state = prepared.state
-    step = jit_train_step(prepared.task, mesh)
-    measured = []
-    for batch in sharding.put_batches(batches, mesh):
-        state, metrics = step(state, prepared.teacher, distill.Batch(**batch))
-        measured.append({name: float(value) for name, value in metrics.items()})
-    return nnx.merge(prepared.task.distillation, state.params, state.batch_stats), measured
+    states, measured = zip(*steps(prepared, batches, mesh), strict=True)
+    trained = nnx.merge(prepared.task.distillation, states[-1].params, states[-1].batch_stats)
+    return trained, list(measured)
 
 
 def published_tensors(model: Distillation) -> dict[str, np.ndarray]:
