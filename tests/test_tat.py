@@ -1,6 +1,7 @@
 """Target-aware attention and its loss agree with the published code and with their algebra."""
 
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tat_jax import sharding, tat
 from tat_jax.tat import TargetAwareTransformer, target_aware_attention, tat_loss
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "published_code.json").read_text())["tat"]
@@ -208,6 +210,79 @@ def test_images_that_do_not_count_change_nothing():
     where = jnp.array([True, True, True, False])
     part = tat_loss(query[:3], key[:3], value[:3], key[:3])
     np.testing.assert_allclose(tat_loss(query, key, value, key, where=where), part, rtol=1e-6)
+
+
+@pytest.fixture(params=[1, 5, 11])
+def in_blocks(request, monkeypatch):
+    """Take maps of 3×4 positions in blocks of so many queries; of 5 and 11, the last block is short."""
+    monkeypatch.setattr(tat, "_SCORES", 12 * request.param)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(np.float64, 1e-13), (np.float32, 1e-5), (jnp.bfloat16, 0.02)]
+)
+def test_blocks_of_queries_give_the_loss_and_the_gradients_of_all_at_once(
+    dtype, tolerance, heads, in_blocks, x64
+):
+    exact = maps(2, 3, 4, 8, count=4, dtype=np.float64)
+    rounded = [x.astype(dtype) for x in exact]
+    expected = dense_loss_and_gradients(*(x.astype(np.float64) for x in rounded), heads=heads)
+    measured = jax.value_and_grad(tat_loss, (0, 1, 2, 3))(*rounded, heads=heads)
+    for ours, reference in zip(jax.tree.leaves(measured), jax.tree.leaves(expected), strict=True):
+        error = np.linalg.norm(np.asarray(ours, np.float64) - reference)
+        assert error <= tolerance * np.linalg.norm(reference)
+
+
+def dense_loss_and_gradients(*arrays, heads):
+    def loss(query, key, value, target):
+        return jnp.mean((target_aware_attention(query, key, value, heads=heads) - target) ** 2)
+
+    return jax.value_and_grad(loss, (0, 1, 2, 3))(*arrays)
+
+
+def test_blocks_keep_out_images_that_do_not_count(in_blocks):
+    query, key, value = maps(4, 3, 4, 8)
+    where = jnp.array([True, True, True, False])
+    gradients = jax.grad(tat_loss, (0, 1, 2))(query, key, value, key, where=where)
+    part = jax.grad(tat_loss, (0, 1, 2))(query[:3], key[:3], value[:3], key[:3])
+    for gradient, expected in zip(gradients, part, strict=True):
+        np.testing.assert_allclose(gradient[:3], expected, rtol=1e-5, atol=1e-8)
+        np.testing.assert_array_equal(gradient[3:], 0)
+
+
+def test_blocks_without_gradient_give_the_same_loss(in_blocks):
+    query, key, value = maps(2, 3, 4, 8)
+    expected, _ = jax.value_and_grad(tat_loss)(query, key, value, key)
+    np.testing.assert_allclose(jax.jit(tat_loss)(query, key, value, key), expected, rtol=1e-6)
+
+
+def test_blocks_on_eight_devices_send_nothing_but_sums(in_blocks):
+    mesh = sharding.make_mesh()
+    arrays = maps(8, 3, 4, 8, count=4)
+    gradients = jax.jit(jax.value_and_grad(tat_loss, (0, 2)))
+    split = jax.device_put(arrays, sharding.batched(mesh))
+    program = gradients.lower(*split).compile().as_text()
+    assert not re.search("all-gather|all-to-all|collective-permute", program)
+    for sharded, whole in zip(
+        jax.tree.leaves(gradients(*split)), jax.tree.leaves(gradients(*arrays)), strict=True
+    ):
+        np.testing.assert_allclose(sharded, whole, rtol=1e-5, atol=1e-7)
+
+
+def memory(positions, channels, heads=1):
+    """Return the bytes that loss and gradients of one image need besides arguments and results."""
+    shape = jax.ShapeDtypeStruct((1, 1, positions, channels), np.float32)
+    compiled = jax.jit(jax.value_and_grad(tat_loss, (0, 1, 2)), static_argnames="heads").lower(
+        shape, shape, shape, shape, heads=heads
+    )
+    return compiled.compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_of_segmentation_sized_maps_grows_linearly_with_positions():
+    # Eight times the positions would be 64 times the scores, 3 GiB with their gradient.
+    assert memory(16_641, 256) <= 160 * 2**20
+    assert memory(16_641, 256) <= 8 * memory(16_641 // 8, 256)
 
 
 def test_shapes_and_heads_that_do_not_fit_are_named():
