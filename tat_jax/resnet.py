@@ -13,7 +13,7 @@ from einops import reduce
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float
 
-from tat_jax.layers import BatchNorm, at_least_float32, conv, torch_uniform, uniform
+from tat_jax.layers import BatchNorm, at_least_float32, conv, max_pool, torch_uniform, uniform
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -158,7 +158,7 @@ class ResNet(nnx.Module):
         x = self.conv1(images.astype(self.dtype))
         x = nnx.relu(self.bn1(x, train=train, where=where))
         if not self.small_images:
-            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = max_pool(x)
         for name in STAGES:
             for block in getattr(self, name):
                 x = block(x, train=train, where=where)

@@ -1,0 +1,1 @@
+"""Ours and its rivals side by side: `make bench`."""

@@ -1,0 +1,121 @@
+"""Ours and a rival, measured in turns in one process; the table and the file that hold what came out."""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Row(NamedTuple):
+    """One comparison.
+
+    Attributes:
+        name: what was measured.
+        ours: the median of ours.
+        rival: the median of the rival's.
+        ratio: by how much ours is better; above 1 it is.
+        bound: the aim: of times the least ratio, of memory the most of ours; None is no aim.
+        unit: of `ours` and `rival`.
+        spread: the quartiles of the ratios of the rounds; both are the ratio where there is nothing random.
+    """
+
+    name: str
+    ours: float
+    rival: float
+    ratio: float
+    bound: float | None
+    unit: str
+    spread: tuple[float, float]
+
+    @property
+    def reached(self) -> bool:
+        """Return whether the bound is reached, or there is none."""
+        if self.bound is None:
+            return True
+        return self.ours <= self.bound if self.unit == "MiB" else self.ratio >= self.bound
+
+
+def compare_times(
+    name: str,
+    ours: Callable[[], object],
+    rival: Callable[[], object],
+    *,
+    bound: float | None,
+    rounds: int = 7,
+    seconds: float = 60,
+) -> Row:
+    """Call ours and the rival in turns, after one call of each that does not count.
+
+    The order changes from round to round. There are `rounds` of them, or as many as `seconds` allow, at
+    least three.
+    """
+    ours()
+    rival()
+    times: dict[Callable[[], object], list[float]] = {ours: [], rival: []}
+    began = time.monotonic()
+    for i in range(rounds):
+        for call in (ours, rival) if i % 2 else (rival, ours):
+            start = time.perf_counter()
+            call()
+            times[call].append(1000 * (time.perf_counter() - start))
+        if i >= 2 and time.monotonic() - began > seconds:
+            break
+    ratios = np.array(times[rival]) / np.array(times[ours])
+    low, high = np.quantile(ratios, (0.25, 0.75))
+    our, their = float(np.median(times[ours])), float(np.median(times[rival]))
+    return Row(name, our, their, their / our, bound, "ms", (float(low), float(high)))
+
+
+def compare_bytes(name: str, ours: int, rival: int, *, bound: float | None) -> Row:
+    """Compare two amounts of memory, in MiB."""
+    ratio = rival / ours
+    return Row(name, ours / 2**20, rival / 2**20, ratio, bound, "MiB", (ratio, ratio))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the rows as a Markdown table, which is readable as it stands."""
+    lines = [("measured", "ours", "rival", "unit", "ratio", "quartiles", "aim", "")]
+    for row in rows:
+        aim = "" if row.bound is None else f"{'≤' if row.unit == 'MiB' else '≥'} {row.bound:g}"
+        mark = "" if row.bound is None else "reached" if row.reached else "MISSED"
+        quartiles = f"{row.spread[0]:.2f}–{row.spread[1]:.2f}"
+        lines.append(
+            (
+                row.name,
+                f"{row.ours:.3g}",
+                f"{row.rival:.3g}",
+                row.unit,
+                f"{row.ratio:.2f}",
+                quartiles,
+                aim,
+                mark,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    text.insert(1, " | ".join("-" * width for width in widths))
+    return "\n".join(f"| {line} |" for line in text)
+
+
+def machine() -> str:
+    """Return what was measured on, and with which versions."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "torch"))
+    return f"{packages}, Python {platform.python_version()}, {os.cpu_count()} cores ({platform.machine()})"
+
+
+def main(description: str | None, measure: Callable[[], list[Row]]) -> None:
+    """Measure, print the table and, for `--json FILE`, write the rows there."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file, too")
+    options = parser.parse_args()
+    rows = measure()
+    print(f"\n{table(rows)}\n\n{machine()}")
+    if options.json:
+        options.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
