@@ -1,4 +1,4 @@
-# make demo | make test | make fidelity | make imagenet TARS=folder | make clean
+# make demo | make test | make fidelity | make bench | make imagenet TARS=folder | make clean
 PYTHON ?= python3
 # cuda12 where an NVIDIA driver answers, else cpu; `make demo ACCELERATOR=tpu` on a TPU.
 ACCELERATOR ?= $(shell nvidia-smi >/dev/null 2>&1 && echo cuda12 || echo cpu)
@@ -7,7 +7,7 @@ DATA ?= data/imagenet
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test fidelity imagenet clean
+.PHONY: demo test fidelity bench imagenet clean
 
 demo: $(VENV)/installed-$(ACCELERATOR)
 	$(BIN)/python main.py
@@ -22,6 +22,12 @@ test: $(VENV)/installed-$(ACCELERATOR)-test
 # and resnet34* (.pth or .safetensors). Without them: pieces of scikit-learn's two photographs, random weights.
 fidelity: $(VENV)/installed-$(ACCELERATOR)-test
 	$(BIN)/python -m fidelity $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(WEIGHTS),--weights $(WEIGHTS))
+
+# Ours and PyTorch in turns; a table each, and the rows in runs/bench/. Alone: python -m bench.step, bench.loss.
+bench: $(VENV)/installed-$(ACCELERATOR)-test
+	mkdir -p runs/bench
+	$(BIN)/python -m bench.step --json runs/bench/step.json
+	$(BIN)/python -m bench.loss --json runs/bench/loss.json
 
 # Pack ImageNet once as tfds reads it: TARS holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
 imagenet: $(VENV)/installed-$(ACCELERATOR)-prepare

@@ -19,7 +19,7 @@ from tat_jax.tat import target_aware_attention, tat_loss
 
 SIDES = (7, 32, 64, 129)  # 49, 1,024, 4,096 and 16,641 positions
 # Scores, weights and their gradients beyond this are not computed at once.
-_LARGEST = 4 * 2**30
+_LARGEST = 5 * 2**29
 
 Step = Callable[..., Any]
 

@@ -159,7 +159,7 @@ def _max_of_windows(x: Array) -> Array:
 
 
 def _max_of_shifted(x: Array) -> Array:
-    for axis in (1, 2):
+    for axis in (2, 1):  # so that the first of equal values is that of PyTorch, which reads row by row
         size = (x.shape[axis] + 1) // 2
         padding = [(0, 0)] * 4
         padding[axis] = (1, 2 * size - x.shape[axis])
@@ -168,7 +168,7 @@ def _max_of_shifted(x: Array) -> Array:
             jax.lax.slice_in_dim(padded, start, start + 2 * size - 1, stride=2, axis=axis)
             for start in range(3)
         )
-        # Of equal values the first takes the whole gradient, as in PyTorch; jnp.maximum would share it out.
+        # The first of equal values takes the whole gradient; jnp.maximum would share it out.
         x = jnp.where(first >= second, first, second)
         x = jnp.where(x >= third, x, third)
     return x

@@ -11,7 +11,7 @@ from flax import nnx
 from fidelity.torch_resnet import random_torch_resnet
 from tat_jax import checkpoint, distill
 from tat_jax.convert import convert_entries
-from tat_jax.layers import BatchNorm
+from tat_jax.layers import BatchNorm, max_pool
 from tat_jax.resnet import ARCHITECTURES, STAGES, ResNet
 
 
@@ -119,3 +119,19 @@ def test_initial_kernels_are_kaimings_and_follow_the_seed():
 def test_an_unknown_architecture_is_named():
     with pytest.raises(ValueError, match="no architecture 'resnet19'; there are resnet18, resnet34"):
         ResNet("resnet19", rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("size", [(8, 6), (7, 5), (1, 2)])
+@pytest.mark.parametrize("values", [3, 10_000], ids=["with ties", "without"])
+def test_max_pool_and_its_gradient_are_pytorchs(size, values):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, values, (2, *size, 3)).astype(np.float32)
+    theirs = torch.from_numpy(rearrange(images, "b h w c -> b c h w").copy()).requires_grad_()
+    pooled = torch.nn.functional.max_pool2d(theirs, 3, 2, padding=1)
+    weights = rng.integers(1, 100, rearrange(pooled, "b c h w -> b h w c").shape).astype(np.float32)
+    pooled.backward(torch.from_numpy(rearrange(weights, "b h w c -> b c h w").copy()))
+    out, backward = jax.vjp(max_pool, jnp.asarray(images))
+    np.testing.assert_array_equal(out, rearrange(pooled.detach().numpy(), "b c h w -> b h w c"))
+    np.testing.assert_array_equal(
+        backward(jnp.asarray(weights))[0], rearrange(theirs.grad.numpy(), "b c h w -> b h w c")
+    )

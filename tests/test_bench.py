@@ -1,0 +1,54 @@
+"""The benchmarks run, and say whether an aim was reached."""
+
+import json
+import sys
+import time
+
+import pytest
+
+from bench import loss, sidebyside
+from bench.sidebyside import Row, compare_times, table
+
+
+def test_the_loss_is_compared_at_once_and_beside_pytorch_and_written_as_json(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.loss", "--json", str(tmp_path / "rows.json")])
+    sidebyside.main(None, lambda: loss.measure_one(3, 8, 2, "float32"))
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["unit"] for row in rows] == ["MiB", "ms", "ms"]
+    assert all({"name", "ours", "rival", "ratio", "bound", "unit"} <= row.keys() for row in rows)
+    assert all(row["ours"] > 0 and row["ratio"] == row["rival"] / row["ours"] for row in rows)
+    assert rows[2]["name"] in capsys.readouterr().out
+
+
+def test_a_ratio_above_one_means_that_ours_takes_less_time(monkeypatch):
+    clock, calls = 0.0, []
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    monkeypatch.setattr(sidebyside, "_PAUSE", 0)
+
+    def takes(name, seconds):
+        def call():
+            nonlocal clock
+            clock += seconds
+            calls.append(name)
+
+        return call
+
+    row = compare_times("ours beside another", takes("ours", 1), takes("rival", 3), bound=2.0, rounds=3)
+    assert row[1:6] == (1000, 3000, 3, 2.0, "ms")
+    assert row.spread == (3, 3)
+    # A call of each that does not count, then in turns, neither always first.
+    assert calls == ["ours", "rival", "rival", "ours", "ours", "rival", "rival", "ours"]
+
+
+@pytest.mark.parametrize(
+    ("row", "mark"),
+    [
+        (Row("time", 2.0, 1.0, 0.5, 1.0, "ms", (0.5, 0.5)), "MISSED"),
+        (Row("time", 1.0, 1.0, 1.0, 1.0, "ms", (1.0, 1.0)), "reached"),
+        (Row("memory", 161.0, 1.0, 0.01, 160, "MiB", (0.01, 0.01)), "MISSED"),
+        (Row("memory", 159.0, 1.0, 0.01, 160, "MiB", (0.01, 0.01)), "reached"),
+    ],
+)
+def test_the_table_says_whether_an_aim_was_reached(row, mark):
+    assert mark in table([row])
+    assert (mark == "reached") == row.reached
