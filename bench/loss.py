@@ -21,8 +21,6 @@ SIDES = (7, 32, 64, 129)  # 49, 1,024, 4,096 and 16,641 positions
 # Scores, weights and their gradients beyond this are not computed at once.
 _LARGEST = 5 * 2**29
 
-Step = Callable[..., Any]
-
 
 def measure() -> list[Row]:
     """Compare every combination of positions, channels, heads and type."""

@@ -2,15 +2,14 @@
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from fidelity.report import markdown_table, versions
 
 # Seconds before each call that is timed: PyTorch's threads go on spinning for a while after its own.
 _PAUSE = 0.4
@@ -84,7 +83,7 @@ def compare_bytes(name: str, ours: int, rival: int, *, bound: float | None) -> R
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the rows as a Markdown table, which is readable as it stands."""
+    """Return the rows as a Markdown table."""
     lines = [("measured", "ours", "rival", "unit", "ratio", "quartiles", "aim", "")]
     for row in rows:
         aim = "" if row.bound is None else f"{'≤' if row.unit == 'MiB' else '≥'} {row.bound:g}"
@@ -102,16 +101,7 @@ def table(rows: Sequence[Row]) -> str:
                 mark,
             )
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    text.insert(1, " | ".join("-" * width for width in widths))
-    return "\n".join(f"| {line} |" for line in text)
-
-
-def machine() -> str:
-    """Return what was measured on, and with which versions."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "torch"))
-    return f"{packages}, Python {platform.python_version()}, {os.cpu_count()} cores ({platform.machine()})"
+    return markdown_table(lines)
 
 
 def main(description: str | None, measure: Callable[[], list[Row]]) -> None:
@@ -120,6 +110,6 @@ def main(description: str | None, measure: Callable[[], list[Row]]) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file, too")
     options = parser.parse_args()
     rows = measure()
-    print(f"\n{table(rows)}\n\n{machine()}")
+    print(f"\n{table(rows)}\n\n{versions()}")
     if options.json:
         options.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")

@@ -1,13 +1,10 @@
 """Prove that each step is the published code's: `make fidelity`, half an hour on two cores."""
 
 import argparse
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -15,10 +12,10 @@ import jax
 from fidelity import beside_pytorch, collectives, counts, ddp, devices, pixels, trajectories, weights
 from fidelity.claim import Claim, table
 from fidelity.photographs import photographs
+from fidelity.report import versions
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "fidelity.md"
 _BEGIN, _END = "<!-- written by make fidelity: begin -->", "<!-- written by make fidelity: end -->"
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow", "torch")
 
 
 def main() -> None:
@@ -57,16 +54,11 @@ def main() -> None:
         broken += [claim for claim in found if not claim.holds]
         jax.clear_caches()
     minutes = (time.monotonic() - began) / 60
-    text.append(f"Measured on {datetime.now(UTC):%Y-%m-%d} in {minutes:.0f} minutes with {_versions()}.\n")
+    text.append(f"Measured on {datetime.now(UTC):%Y-%m-%d} in {minutes:.0f} minutes with {versions()}.\n")
     print(text[-1])
     _write("\n".join(text))
     if broken:
         sys.exit(f"{len(broken)} broken:\n{table(broken)}")
-
-
-def _versions() -> str:
-    packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
-    return f"{packages}, Python {platform.python_version()}, {os.cpu_count()} cores ({platform.machine()})"
 
 
 def _write(measured: str) -> None:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fidelity.report import markdown_table
+
 
 class Claim(NamedTuple):
     """One line of the table.
@@ -40,12 +42,9 @@ def largest_relative_error(ours: ArrayLike, reference: ArrayLike) -> float:
 
 
 def table(claims: list[Claim]) -> str:
-    """Return the claims as a Markdown table, which is readable as it stands."""
+    """Return the claims as a Markdown table."""
     rows = [("claim", "reference", "measured error", "bound", "")]
     for c in claims:
         bound = ("reported", "") if c.bound is None else (f"{c.bound:.2g}", "holds" if c.holds else "BROKEN")
         rows.append((c.claim, c.reference, f"{c.error:.2g}", *bound))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    lines.insert(1, " | ".join("-" * width for width in widths))
-    return "\n".join(f"| {line} |" for line in lines)
+    return markdown_table(rows)

@@ -74,9 +74,11 @@ def train(
     prepared: Prepared, batches: Iterable[Batch], mesh: Mesh
 ) -> tuple[Distillation, list[dict[str, float]]]:
     """Take a step on each batch; return what was trained, and what each step measured."""
-    states, measured = zip(*steps(prepared, batches, mesh), strict=True)
-    trained = nnx.merge(prepared.task.distillation, states[-1].params, states[-1].batch_stats)
-    return trained, list(measured)
+    state, measured = prepared.state, []
+    for after, metrics in steps(prepared, batches, mesh):
+        state = after
+        measured.append(metrics)
+    return nnx.merge(prepared.task.distillation, state.params, state.batch_stats), measured
 
 
 def published_tensors(model: Distillation) -> dict[str, np.ndarray]:

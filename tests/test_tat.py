@@ -270,13 +270,11 @@ def test_blocks_on_eight_devices_send_nothing_but_sums(in_blocks):
         np.testing.assert_allclose(sharded, whole, rtol=1e-5, atol=1e-7)
 
 
-def memory(positions, channels, heads=1):
+def memory(positions, channels):
     """Return the bytes that loss and gradients of one image need besides arguments and results."""
     shape = jax.ShapeDtypeStruct((1, 1, positions, channels), np.float32)
-    compiled = jax.jit(jax.value_and_grad(tat_loss, (0, 1, 2)), static_argnames="heads").lower(
-        shape, shape, shape, shape, heads=heads
-    )
-    return compiled.compile().memory_analysis().temp_size_in_bytes
+    step = jax.jit(jax.value_and_grad(tat_loss, (0, 1, 2)))
+    return step.lower(shape, shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
 
 
 def test_memory_of_segmentation_sized_maps_grows_linearly_with_positions():

@@ -1,0 +1,22 @@
+"""How measurements are written down: tables, and what they were measured with."""
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow", "torch")
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows, the first of them the heading, as a Markdown table, which is readable as it stands."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def versions() -> str:
+    """Return the versions of what computes, and the machine's kind."""
+    packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+    return f"{packages}, Python {platform.python_version()}, {os.cpu_count()} cores ({platform.machine()})"
