@@ -23,11 +23,12 @@ test: $(VENV)/installed-$(ACCELERATOR)-test
 fidelity: $(VENV)/installed-$(ACCELERATOR)-test
 	$(BIN)/python -m fidelity $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
-# Ours and PyTorch in turns; a table each, and the rows in runs/bench/. Alone: python -m bench.step, bench.loss.
-bench: $(VENV)/installed-$(ACCELERATOR)-test
+# Ours and its rivals in turns; a table each, and the rows in runs/bench/. PHOTOS: a folder of JPEG files.
+bench: $(VENV)/installed-$(ACCELERATOR)-bench
 	mkdir -p runs/bench
 	$(BIN)/python -m bench.step --json runs/bench/step.json
 	$(BIN)/python -m bench.loss --json runs/bench/loss.json
+	$(BIN)/python -m bench.input $(if $(PHOTOS),--root $(PHOTOS)) --json runs/bench/input.json
 
 # Pack ImageNet once as tfds reads it: TARS holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
 imagenet: $(VENV)/installed-$(ACCELERATOR)-prepare

@@ -50,13 +50,14 @@ def compare_times(
     rival: Callable[[], object],
     *,
     bound: float | None,
+    images: int | None = None,
     rounds: int = 5,
     seconds: float = 20,
 ) -> Row:
     """Call ours and the rival in turns, after one call of each that does not count.
 
     The order changes from round to round. There are `rounds` of them, or as many as `seconds` allow, at
-    least three.
+    least three. The row is in ms a call, or in images/s if a call does so many `images`.
     """
     ours()
     rival()
@@ -67,13 +68,16 @@ def compare_times(
             time.sleep(_PAUSE)
             start = time.perf_counter()
             call()
-            times[call].append(1000 * (time.perf_counter() - start))
+            times[call].append(time.perf_counter() - start)
         if i >= 2 and time.monotonic() - began > seconds:
             break
     ratios = np.array(times[rival]) / np.array(times[ours])
     low, high = np.quantile(ratios, (0.25, 0.75))
     our, their = float(np.median(times[ours])), float(np.median(times[rival]))
-    return Row(name, our, their, their / our, bound, "ms", (float(low), float(high)))
+    spread = (float(low), float(high))
+    if images is None:
+        return Row(name, 1000 * our, 1000 * their, their / our, bound, "ms", spread)
+    return Row(name, images / our, images / their, their / our, bound, "images/s", spread)
 
 
 def compare_bytes(name: str, ours: int, rival: int, *, bound: float | None) -> Row:
@@ -104,12 +108,22 @@ def table(rows: Sequence[Row]) -> str:
     return markdown_table(lines)
 
 
-def main(description: str | None, measure: Callable[[], list[Row]]) -> None:
-    """Measure, print the table and, for `--json FILE`, write the rows there."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file, too")
-    options = parser.parse_args()
-    rows = measure()
+def main(
+    description: str | None, measure: Callable[..., list[Row]], parser: argparse.ArgumentParser | None = None
+) -> None:
+    """Measure, print the table and, for `--json FILE`, write the rows there.
+
+    The options of `parser`, if any, are `measure`'s arguments.
+    """
+    whole = argparse.ArgumentParser(
+        description=description,
+        parents=[parser] if parser else [],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    whole.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file, too")
+    options = vars(whole.parse_args())
+    to = options.pop("json")
+    rows = measure(**options)
     print(f"\n{table(rows)}\n\n{versions()}")
-    if options.json:
-        options.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+    if to:
+        to.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")

@@ -6,8 +6,10 @@ import time
 
 import pytest
 
+from bench import input as bench_input
 from bench import loss, sidebyside
 from bench.sidebyside import Row, compare_times, table
+from fidelity.photographs import photographs
 
 
 def test_the_loss_is_compared_at_once_and_beside_pytorch_and_written_as_json(tmp_path, monkeypatch, capsys):
@@ -52,3 +54,14 @@ def test_a_ratio_above_one_means_that_ours_takes_less_time(monkeypatch):
 def test_the_table_says_whether_an_aim_was_reached(row, mark):
     assert mark in table([row])
     assert (mark == "reached") == row.reached
+
+
+def test_the_input_is_compared_in_processes_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(sidebyside, "_PAUSE", 0)
+    for i, photo in enumerate(photographs(None, 3)):
+        (tmp_path / f"{i}.jpg").write_bytes(photo.jpeg)
+    files = tuple(sorted(map(str, tmp_path.iterdir())))
+    row = bench_input.compare(files, "crops", bench_input.ours, bench_input.torch_loader, bound=1.4)
+    assert (row.name, row.bound, row.unit) == ("crops", 1.4, "images/s")
+    assert row.ours > 0
+    assert row.ratio == pytest.approx(row.ours / row.rival)

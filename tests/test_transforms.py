@@ -67,6 +67,15 @@ class TestDecode:
         assert got.shape == (40, 60, 3)
         np.testing.assert_array_equal(got, expected)
 
+    def test_pixels_may_lie_in_the_callers_memory_if_they_fit(self):
+        data = encode(photograph())
+        whole, short = np.empty(40 * 60 * 3 + 5, np.uint8), np.empty(40 * 60 * 3 - 1, np.uint8)
+        kept, new = decode(data, "a", whole), decode(data, "a", short)
+        assert np.shares_memory(kept, whole)
+        assert not np.shares_memory(new, short)
+        for pixels in (kept, new):
+            np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(data))))
+
     def test_cmyk_inks_are_not_inverted(self):
         red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
         assert np.abs(decode(encode(red), "red.JPEG").astype(int) - [255, 0, 0]).max() < 8
@@ -187,7 +196,11 @@ class TestTransforms:
         )
         top, left, height, width = random_resized_crop_box(40, 60, np.random.default_rng(seed), SCALE, RATIO)
         crop = Image.fromarray(image).crop((left, top, left + width, top + height))
-        np.testing.assert_array_equal(got, np.asarray(crop.resize((16, 16), Image.Resampling.BILINEAR)))
+        expected = np.asarray(crop.resize((16, 16), Image.Resampling.BILINEAR))
+        # Another implementation of the filter, in fixed point of fewer bits.
+        difference = np.abs(got.astype(int) - expected)
+        assert difference.max() <= 2
+        assert difference.mean() < 0.5
 
     def test_half_of_the_images_are_mirrored(self):
         image = photograph(16, 16)
@@ -213,7 +226,11 @@ class TestTransforms:
     def test_evaluation_resizes_the_shorter_side_and_cuts_off_the_fraction_of_the_longer(self):
         image = photograph(300, 500)
         resized = np.asarray(Image.fromarray(image).resize((426, 256), Image.Resampling.BILINEAR))
-        np.testing.assert_array_equal(eval_transform(image, resize=256, size=224), resized[16:240, 101:325])
+        got = eval_transform(image, resize=256, size=224)
+        difference = np.abs(got.astype(int) - resized[16:240, 101:325])
+        # The centre's own coordinates differ from the whole's by rounding, which halves of a level can show.
+        assert difference.max() <= 1
+        assert difference.mean() < 0.01
 
     @given(height=st.integers(1, 80), width=st.integers(1, 80), margin=st.integers(0, 9))
     def test_evaluation_gives_its_size_for_every_image(self, height, width, margin):

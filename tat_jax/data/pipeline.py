@@ -1,5 +1,6 @@
 """Batches of a source: the same ones whatever the number of threads and of processes, from any step."""
 
+import threading
 from collections.abc import Iterator
 from itertools import islice
 from typing import TypedDict
@@ -16,6 +17,8 @@ from tat_jax.data.transforms import DecodeError, decode, eval_transform, train_t
 # Rows that one thread makes at a time. Less than a batch, so that all threads work on the first batch of an
 # epoch and on the last; enough that handing them over costs nothing.
 _ROWS = 32
+# Bytes that a thread keeps for pixels: those of 2048² in RGB. A larger image gets memory of its own.
+_MEMORY = 3 * 2048**2
 
 _Rows = tuple[np.ndarray, np.ndarray, np.ndarray]  # image, label, where
 
@@ -81,6 +84,7 @@ class Pipeline:
         self._train = train
         self._seed = seed
         self._threads = threads
+        self._of_thread = threading.local()
 
     def epoch(self, index: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield this process's rows of the batches of epoch `index` from `start_step` on.
@@ -129,7 +133,9 @@ class Pipeline:
             example = self.source[index]
             try:
                 pixels = (
-                    decode(example.image, example.name) if isinstance(example.image, bytes) else example.image
+                    decode(example.image, example.name, self._memory())
+                    if isinstance(example.image, bytes)
+                    else example.image
                 )
             except DecodeError:
                 if not self._data.skip_broken:
@@ -140,6 +146,12 @@ class Pipeline:
             label[row] = example.label
             where[row] = True
         return image, label, where
+
+    def _memory(self) -> np.ndarray:
+        """Return this thread's memory for the pixels of one image."""
+        if not hasattr(self._of_thread, "memory"):
+            self._of_thread.memory = np.empty(_MEMORY, np.uint8)
+        return self._of_thread.memory
 
     def _transform(self, pixels: np.ndarray, epoch: int, index: int) -> np.ndarray:
         data = self._data

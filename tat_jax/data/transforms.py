@@ -1,10 +1,13 @@
 """Transforms of single images on the host, in uint8, as torchvision has them on Pillow images."""
 
+import contextlib
 import io
 import math
 import warnings
 
 import numpy as np
+import simplejpeg
+from cykooz_resizer import FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
 from jaxtyping import UInt8
 from PIL import Image
 
@@ -12,6 +15,8 @@ from PIL import Image
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 # 268 MB as RGB: where Pillow begins to suspect a decompression bomb.
 _MAX_PIXELS = 89_478_485
+# As wide as what it shrinks: antialias.
+_BILINEAR = ResizeOptions(resize_alg=ResizeAlg.convolution(FilterType.bilinear))
 
 # What Pillow warns of, `decode` rejects or torchvision ignores. Threads share the filters, so that they
 # cannot be set around each call.
@@ -22,18 +27,28 @@ class DecodeError(ValueError):
     """A file is no readable image; the message names it."""
 
 
-def decode(image: bytes, name: str) -> UInt8[np.ndarray, "height width 3"]:
+def decode(
+    image: bytes, name: str, memory: UInt8[np.ndarray, " bytes"] | None = None
+) -> UInt8[np.ndarray, "height width 3"]:
     """Decode an image file to RGB as torchvision does: the EXIF orientation is not applied.
 
     Args:
         image: the whole file.
         name: what errors call it.
+        memory: where the pixels may lie, until the next call with it. New memory for each image costs more
+            time than its resize.
 
     Raises:
         DecodeError: the bytes are no image, are cut short, or claim more than 89 million pixels.
     """
     if not image:
         raise DecodeError(f"{name}: the file is empty")
+    # Faster than Pillow, and the same pixels. What it refuses, or would warn of, is Pillow's to judge.
+    with contextlib.suppress(ValueError):
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
+        if height * width <= _MAX_PIXELS and colours in ("YCbCr", "Gray"):
+            fits = memory is not None and 3 * height * width <= memory.size
+            return simplejpeg.decode_jpeg(image, "RGB", buffer=memory if fits else None)
     # Pillow's readers raise whatever their parsing meets: OSError, SyntaxError, struct.error, IndexError …
     try:
         with Image.open(io.BytesIO(image), formats=_FORMATS) as opened:
@@ -111,9 +126,17 @@ def crop_and_resize(
     """Cut the box (top, left, height, width), resize it with antialias, and mirror it if `flip`."""
     top, left, height, width = box
     # Cropped first: the filter of a resize reads no pixel outside the crop.
-    crop = Image.fromarray(image[top : top + height, left : left + width])
-    resized = np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
-    return resized[:, ::-1] if flip else resized
+    crop = image[top : top + height, left : left + width].tobytes()
+    # Pillow's filter in a quarter of its time. It rounds otherwise, by at most two grey levels.
+    resized = ImageData(size, size, PixelType.U8x3)
+    Resizer().resize(ImageData(width, height, PixelType.U8x3, crop), resized, _BILINEAR)
+    pixels = np.frombuffer(resized.get_buffer(), np.uint8).reshape(size, size, 3)
+    if not flip:
+        return pixels
+    mirrored = np.empty_like(pixels)
+    for channel in range(3):  # four times as fast as pixels of three bytes each
+        mirrored[..., channel] = pixels[:, ::-1, channel]
+    return mirrored
 
 
 def eval_transform(
@@ -129,8 +152,10 @@ def eval_transform(
     height, width = image.shape[:2]
     short, long = min(height, width), max(height, width)
     resized_long = int(resize * long / short)
-    shape = (resize, resized_long) if width <= height else (resized_long, resize)
-    resized = np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BILINEAR))
-    top = round((resized.shape[0] - size) / 2)
-    left = round((resized.shape[1] - size) / 2)
-    return resized[top : top + size, left : left + size]
+    new_height, new_width = (resized_long, resize) if width <= height else (resize, resized_long)
+    top, left = round((new_height - size) / 2), round((new_width - size) / 2)
+    # Only what the centre needs is computed. With Pillow, as published accuracies were measured with it.
+    y, x = height / new_height, width / new_width
+    box = (x * left, y * top, x * (left + size), y * (top + size))
+    centre = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box)
+    return np.asarray(centre)
