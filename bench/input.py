@@ -1,7 +1,8 @@
 """Photographs to batches of 224² crops: ours beside Pillow in a torch DataLoader and beside tf.data.
 
-`python -m bench.input [--root FOLDER] [--json FILE]`. FOLDER holds JPEG files at any depth; without it, pieces
-of scikit-learn's two photographs. Each contender is a process of its own, and may use so many cores and no more.
+`python -m bench.input [--root FOLDER] [--json FILE]`. FOLDER holds JPEG files at any depth; without it,
+pieces of scikit-learn's two photographs. Each contender is a process of its own, and may use so many cores
+and no more.
 """
 
 import argparse

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,30 +45,38 @@ class Row(NamedTuple):
 
 
 def compare_times(
+    name: str, ours: Callable[[], object], rival: Callable[[], object], *, bound: float | None, **kwargs: Any
+) -> Row:
+    """Compare how long calls of ours and the rival's take; see `compare`."""
+    return compare(name, _timed(ours), _timed(rival), bound=bound, **kwargs)
+
+
+def compare(
     name: str,
-    ours: Callable[[], object],
-    rival: Callable[[], object],
+    ours: Callable[[], float],
+    rival: Callable[[], float],
     *,
     bound: float | None,
     images: int | None = None,
+    warm_up: bool = True,
     rounds: int = 5,
     seconds: float = 20,
 ) -> Row:
-    """Call ours and the rival in turns, after one call of each that does not count.
+    """Call ours and the rival in turns, each of which returns its seconds.
 
     The order changes from round to round. There are `rounds` of them, or as many as `seconds` allow, at
-    least three. The row is in ms a call, or in images/s if a call does so many `images`.
+    least three; for `warm_up`, one call of each before does not count. The row is in ms a call, or in
+    images/s if a call does so many `images`.
     """
-    ours()
-    rival()
-    times: dict[Callable[[], object], list[float]] = {ours: [], rival: []}
+    if warm_up:
+        ours()
+        rival()
+    times: dict[Callable[[], float], list[float]] = {ours: [], rival: []}
     began = time.monotonic()
     for i in range(rounds):
         for call in (ours, rival) if i % 2 else (rival, ours):
             time.sleep(_PAUSE)
-            start = time.perf_counter()
-            call()
-            times[call].append(time.perf_counter() - start)
+            times[call].append(call())
         if i >= 2 and time.monotonic() - began > seconds:
             break
     ratios = np.array(times[rival]) / np.array(times[ours])
@@ -78,6 +86,15 @@ def compare_times(
     if images is None:
         return Row(name, 1000 * our, 1000 * their, their / our, bound, "ms", spread)
     return Row(name, images / our, images / their, their / our, bound, "images/s", spread)
+
+
+def _timed(call: Callable[[], object]) -> Callable[[], float]:
+    def timed() -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    return timed
 
 
 def compare_bytes(name: str, ours: int, rival: int, *, bound: float | None) -> Row:

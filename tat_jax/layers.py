@@ -23,7 +23,10 @@ def _drawn_on_host(draw: Callable[[np.random.Generator, tuple[int, ...]], np.nda
         def array(data: Array) -> np.ndarray:
             return draw(np.random.default_rng(np.asarray(data)), shape).astype(dtype)
 
-        return jax.pure_callback(array, jax.ShapeDtypeStruct(shape, dtype), jax.random.key_data(key))
+        data = jax.random.key_data(key)
+        if isinstance(data, jax.core.Tracer):
+            return jax.pure_callback(array, jax.ShapeDtypeStruct(shape, dtype), data)
+        return jnp.asarray(array(data))  # a callback would be a program of its own, too
 
     return initialize
 

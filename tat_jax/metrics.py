@@ -1,5 +1,6 @@
 """Measurements on their way out: a JSON line and TensorBoard events per row, and the progress bar."""
 
+import functools
 import json
 import math
 import sys
@@ -10,7 +11,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
-from tensorboardX import SummaryWriter
 from tqdm.auto import tqdm
 
 Row = dict[str, float]
@@ -37,7 +37,7 @@ class MetricWriter:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         temporary.replace(path)
         self._lines = path.open("a")
-        self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self._open_events = functools.cache(lambda: _open_events(folder, step))
 
     def __enter__(self) -> Self:
         return self
@@ -47,7 +47,7 @@ class MetricWriter:
     ) -> None:
         if self._active:
             self._lines.close()
-            self._events.close()
+            self._open_events().close()
 
     def write(self, step: int, row: Row) -> None:
         """Write one row, as in `{"train/loss": 1.5}`."""
@@ -56,7 +56,14 @@ class MetricWriter:
         self._lines.write(json.dumps({"step": step, **row}) + "\n")
         self._lines.flush()
         for name, value in row.items():
-            self._events.add_scalar(name, value, step)
+            self._open_events().add_scalar(name, value, step)
+
+
+def _open_events(folder: Path, step: int) -> Any:
+    # Imported with the first row, when devices are at work: it imports PyTorch where that is installed.
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:

@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 def plot_run(rows: Rows, path: Path) -> None:
     """Draw the loss terms and the validation accuracy of one run against the step."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = _figure(11, 4)
     loss, accuracy = figure.subplots(1, 2)
     for name in sorted({name for row in rows for name in row if name.startswith("train/")}):
         if name.split("/")[1].split("_")[0] in ("loss", "cross", "kl", "tat"):
@@ -37,7 +39,7 @@ def plot_study(runs: Mapping[str, Sequence[Rows]], teacher: float, path: Path) -
         teacher: the teacher's top-1, a fraction.
         path: the picture.
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = _figure(8, 5)
     axes = figure.subplots()
     axes.axhline(100 * teacher, color="black", linestyle="--", label=f"teacher {teacher:.1%}")
     for name, seeds in runs.items():
@@ -50,6 +52,13 @@ def plot_study(runs: Mapping[str, Sequence[Rows]], teacher: float, path: Path) -
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    # Imported here, because a run needs it at its end and not for its first step.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _column(rows: Rows, name: str, by: str = "step") -> tuple[np.ndarray, np.ndarray]:

@@ -97,7 +97,8 @@ def run(
             for epoch in range(position["epoch"], config.epochs):
                 start = position["batch"] if epoch == position["epoch"] else 0
                 for batch in sharding.put_batches(train_data.epoch(epoch, start_step=start), mesh):
-                    state, metrics = step_fn(state, teacher_state, Batch(**batch))
+                    with jax.transfer_guard("disallow"):  # all that a step needs is on the devices
+                        state, metrics = step_fn(state, teacher_state, Batch(**batch))
                     log.add(
                         metrics,
                         step,

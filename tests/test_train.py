@@ -108,6 +108,76 @@ def test_a_run_that_was_continued_after_an_epoch_equals_the_uninterrupted_one(tm
     assert_same_run(tmp_path, uninterrupted)
 
 
+class Watched:
+    """The step of training, with what happens between its calls written down."""
+
+    def __init__(self, monkeypatch):
+        self.events, self.compiled, self._jit = [], [], train.jit_train_step
+        self._get, self._of_step = jax.device_get, {}
+        monkeypatch.setattr(train, "jit_train_step", self._watch)
+        monkeypatch.setattr(jax, "device_get", self._watch_reading)
+
+    def _watch(self, *arguments):
+        step = self._jit(*arguments)
+        self.compiled.append(step)
+
+        def call(state, *arguments):
+            number = int(np.asarray(state.step))
+            state, metrics = step(state, *arguments)
+            self.events.append(("step", number))
+            self._of_step[id(metrics["loss"])] = number, metrics
+            return state, metrics
+
+        return call
+
+    def _watch_reading(self, tree):
+        if isinstance(tree, dict) and id(tree.get("loss")) in self._of_step:
+            self.events.append(("read", self._of_step[id(tree["loss"])][0]))
+        return self._get(tree)
+
+
+def test_a_whole_run_short_batches_and_continuing_included_compiles_one_step(tmp_path, monkeypatch):
+    watched = Watched(monkeypatch)
+    config = config_of(epochs=1)
+    assert 40 % config.batch_size  # the last batch is short
+    run(config, tmp_path)
+    run(config_of(epochs=3), tmp_path)
+    assert [step._cache_size() for step in watched.compiled] == [1, 1]
+
+
+def test_nothing_at_all_is_compiled_after_the_first_epoch(tmp_path, monkeypatch):
+    compilations, after_epochs = [], []
+    listener = lambda name, *_, **__: compilations.append(name) if "backend_compile" in name else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    evaluate_epoch = train.evaluate
+
+    def evaluate_and_count(*arguments, **options):
+        result = evaluate_epoch(*arguments, **options)
+        after_epochs.append(len(compilations))
+        return result
+
+    monkeypatch.setattr(train, "evaluate", evaluate_and_count)
+    try:
+        run(config_of(epochs=4), tmp_path)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert after_epochs[0] > 0
+    assert after_epochs == after_epochs[:1] * 4
+
+
+def test_the_metrics_of_a_step_are_read_after_the_next_one_was_given_to_the_device(tmp_path, monkeypatch):
+    watched = Watched(monkeypatch)
+    run(config_of(epochs=1), tmp_path)
+    order = [("step", 0), ("step", 1), ("read", 0), ("step", 2), ("read", 1), ("read", 2)]
+    assert watched.events == order
+
+
+def test_a_step_that_would_copy_from_the_host_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.sharding, "put_batches", lambda batches, mesh: batches)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        run(config_of(epochs=1), tmp_path)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_was_stopped_anywhere_equals_the_uninterrupted_one(tmp_path, uninterrupted, number):
     def interrupt_after_a_step():
