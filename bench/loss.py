@@ -40,7 +40,7 @@ def measure_one(side: int, channels: int, heads: int, dtype: str) -> list[Row]:
     rng = np.random.default_rng(0)
     maps = [rng.normal(0, scale, (1, side, side, channels)).astype(np.float32) for scale in (0.3, 0.3, 1, 1)]
     arrays = [jnp.asarray(x, dtype) for x in maps]
-    ours, dense = (_compiled(loss, arrays, heads) for loss in (tat_loss, _dense_loss))
+    ours, dense = (compile_loss(loss, arrays, heads) for loss in (tat_loss, _dense_loss))
     bytes_of = [step.memory_analysis().temp_size_in_bytes for step in (ours, dense)]
     aim = 160 if (side, channels, heads, dtype) == (129, 256, 1, "float32") else None
     rows = [compare_bytes(f"memory beside all scores at once, {what}", *bytes_of, bound=aim)]
@@ -66,7 +66,8 @@ def _dense_loss(query: jax.Array, key: jax.Array, value: jax.Array, target: jax.
     return jnp.mean((target_aware_attention(query, key, value, heads=heads) - target) ** 2)
 
 
-def _compiled(loss: Callable[..., Any], arrays: list[jax.Array], heads: int) -> Any:
+def compile_loss(loss: Callable[..., Any], arrays: list[jax.Array], heads: int) -> Any:
+    """Compile a loss of query, key, value and target with the gradients by the first three."""
     step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)), static_argnames="heads")
     return step.lower(*arrays, heads=heads).compile()
 

@@ -4,9 +4,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from configs import r18_r34
 from fidelity.claim import Claim
@@ -35,15 +37,23 @@ def sent(program: str) -> tuple[int, Arrays]:
     return operations, arrays
 
 
+def bytes_sent(program: str) -> tuple[int, int]:
+    """Return how many collective operations a program has, and the bytes of the float32 arrays they carry."""
+    operations, arrays = sent(program)
+    return operations, sum(4 * math.prod(shape) * count for shape, count in arrays.items())
+
+
 def claims(*, devices: int = 8) -> list[Claim]:
     """Count what a step sends with BatchNorm's statistics over each device's images, and over all."""
-    program, state = compiled_step(bn_group=2, devices=devices)
-    operations, arrays = sent(program)
+    config = r18_r34.get_config("smoke")
+    config.batch_size, config.bn_group = 2 * devices, 2
+    program, state, _ = compile_step(config, devices=devices)
+    operations, arrays = sent(program.as_text())
     known = Counter(_key(leaf.shape) for leaf in jax.tree.leaves((state.params, state.batch_stats)))
     beyond = arrays - known
     del beyond[()]
-    program, _ = compiled_step(bn_group=None, devices=devices)
-    whole_batch, _ = sent(program)
+    config.bn_group = None
+    whole_batch, _ = sent(compile_step(config, devices=devices).program.as_text())
     return [
         Claim(
             "bytes sent by a step beyond gradients, one group's running statistics and scalars",
@@ -61,19 +71,25 @@ def _key(shape: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(size for size in shape if size > 1))
 
 
-def compiled_step(bn_group: int | None, *, devices: int) -> tuple[str, TrainState]:
-    """Compile the step of the miniature of `configs/r18_r34.py`; return the program and the state."""
-    config = r18_r34.get_config("smoke")
-    config.batch_size, config.bn_group = 2 * devices, bn_group
+class CompiledStep(NamedTuple):
+    """A program with what it is called with: `program(state, *others)`."""
+
+    program: Any
+    state: TrainState
+    others: tuple[Any, distill.Batch]
+
+
+def compile_step(config: ConfigDict, *, devices: int, num_classes: int = 10) -> CompiledStep:
+    """Compile the step of a config for the first so many devices."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    prepared = prepare(config, mesh, num_classes=10, steps_per_epoch=1)
+    prepared = prepare(config, mesh, num_classes=num_classes, steps_per_epoch=1)
     size = config.data.image_size
-    batch = Batch(
+    rows = Batch(
         image=np.zeros((config.batch_size, size, size, 3), np.uint8),
         label=np.zeros(config.batch_size, np.int32),
         where=np.ones(config.batch_size, bool),
     )
-    (batch,) = sharding.put_batches([batch], mesh)
-    step = jit_train_step(prepared.task, mesh)
-    compiled = step.lower(prepared.state, prepared.teacher, distill.Batch(**batch)).compile()
-    return str(compiled.as_text()), prepared.state
+    (batch,) = sharding.put_batches([rows], mesh)
+    others = prepared.teacher, distill.Batch(**batch)
+    program = jit_train_step(prepared.task, mesh).lower(prepared.state, *others).compile()
+    return CompiledStep(program, prepared.state, others)
