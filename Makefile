@@ -29,6 +29,9 @@ bench: $(VENV)/installed-$(ACCELERATOR)-bench
 	$(BIN)/python -m bench.step --json runs/bench/step.json
 	$(BIN)/python -m bench.loss --json runs/bench/loss.json
 	$(BIN)/python -m bench.input $(if $(PHOTOS),--root $(PHOTOS)) --json runs/bench/input.json
+	$(BIN)/python -m bench.loop --json runs/bench/loop.json
+	$(BIN)/python -m bench.start --json runs/bench/start.json
+	$(BIN)/python -m bench.growth --input runs/bench/input.json --json runs/bench/growth.json --plot docs/growth.png
 
 # Pack ImageNet once as tfds reads it: TARS holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
 imagenet: $(VENV)/installed-$(ACCELERATOR)-prepare

@@ -7,8 +7,10 @@ import time
 import pytest
 
 from bench import input as bench_input
-from bench import loss, sidebyside
+from bench import loop, loss, sidebyside
+from bench.growth import Machine, estimate, plot
 from bench.sidebyside import Row, compare_times, table
+from configs import r18_r34
 from fidelity.photographs import photographs
 
 
@@ -65,3 +67,34 @@ def test_the_input_is_compared_in_processes_of_their_own(tmp_path, monkeypatch):
     assert (row.name, row.bound, row.unit) == ("crops", 1.4, "images/s")
     assert row.ours > 0
     assert row.ratio == pytest.approx(row.ours / row.rival)
+
+
+def test_an_estimate_is_the_tighter_limit_and_the_time_of_the_gradients():
+    machine = Machine("two", chips=2, flops=10e9, memory=1e9, network=1e6, price=3.0, batch=4)
+    step = {"GFLOP an image": 1.0, "MB moved an image": 100.0}
+    row = estimate(machine, step, sent=0.2e6, per_core=2.5)
+    # 0.1 s an image by operations, 0.05 s by memory; half of that is reached: 0.8 s for 4, 0.2 s to send.
+    assert (row["images/s"], row["binds"], row["cores for input"]) == ("8", "operations", "3")
+    assert row["gradients' share of a step"] == "20.0%"
+    hours = 1_281_167 * 100 / 8 / 3600
+    assert row["hours for 100 epochs"] == f"{hours:.1f}"
+    assert row["US$ (at US$ a chip-hour)"] == f"{hours * 2 * 3:,.0f} (3)"
+
+
+def test_growth_is_drawn(tmp_path):
+    batches = [{"batch": 4, "MiB": 1.0}, {"batch": 8, "MiB": 2.0}]
+    positions = [{"positions": 49, "MiB": 1.0, "ms": 1.0}, {"positions": 64, "MiB": 2.0, "ms": 2.0}]
+    devices = [{"devices": n, "images on each": i, "MiB": 1.0} for n in (1, 2) for i in (2, 8)]
+    plot(batches, positions, devices, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_is_compared_with_its_bare_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(sidebyside, "_PAUSE", 0)
+    config = r18_r34.get_config("smoke")
+    config.data.image_size = config.data.eval_resize = 32
+    config.student.width = config.teacher.width = 2
+    row = loop.measure_one("training", config, steps=2, bound=0.97, rounds=1)
+    assert (row.name, row.bound, row.unit) == ("training", 0.97, "images/s")
+    assert row.ours > 0
+    assert row.rival > 0

@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from configs import r18_r34
 from fidelity import collectives, counts, ddp, devices
 from fidelity.devices import Layout
 from tat_jax import sharding
@@ -25,6 +26,17 @@ def test_statistics_of_groups_are_not_communicated():
     assert broken(claims) == []
     grouped, whole = (claim.error for claim in claims[1:])
     assert 0 < grouped < whole
+
+
+def test_what_devices_send_does_not_grow_with_the_batch():
+    config = r18_r34.get_config("smoke")
+    config.bn_group = 2
+    sent = []
+    for images in (2, 6):
+        config.batch_size = 4 * images
+        sent.append(collectives.bytes_sent(collectives.compile_step(config, devices=4).program.as_text()))
+    assert sent[0] == sent[1]
+    assert min(sent[0]) > 0
 
 
 def test_evaluation_counts_every_image_once_whatever_the_devices():
