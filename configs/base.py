@@ -14,6 +14,7 @@ def base() -> ConfigDict:
     config.bn_group = placeholder(int)  # images over which BatchNorm takes its statistics; None: the batch
     config.eval_every = 1  # epochs
     config.log_every = 50  # steps
+    config.steps_left_out = 0  # go on without so many steps whose loss or gradient is not finite
     config.checkpoint_minutes = 15.0  # within an epoch; one is always saved after an evaluation
 
     # weights: a folder of converted weights, a run of main.py, or "random".

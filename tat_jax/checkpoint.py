@@ -189,6 +189,10 @@ class RunCheckpoints:
             metrics=metrics,
         )
 
+    def latest_step(self) -> int | None:
+        """Return the step of the newest checkpoint, if there is one."""
+        return self._manager.latest_step()
+
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, int]] | None:
         """Return the latest state and its position in the data, or None if nothing is saved.
 
@@ -198,7 +202,7 @@ class RunCheckpoints:
         Raises:
             ValueError: the checkpoint is not of this training, or cannot be read.
         """
-        step = self._manager.latest_step()
+        step = self.latest_step()
         if step is None:
             return None
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)

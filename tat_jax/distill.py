@@ -3,6 +3,7 @@
 Nothing here reads or writes files, and nothing here knows of configs, epochs or devices.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -83,6 +84,7 @@ class Task(NamedTuple):
         weights: the terms of the loss.
         optimizer: what turns gradients into updates.
         learning_rate: its rate by step, to be reported.
+        leave_out_not_finite: whether a step whose loss or gradient is not finite changes nothing.
     """
 
     distillation: nnx.GraphDef
@@ -91,6 +93,7 @@ class Task(NamedTuple):
     weights: LossWeights
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
+    leave_out_not_finite: bool = False
 
 
 class TrainState(NamedTuple):
@@ -187,7 +190,12 @@ def train_step(
     metrics["train_top1"] = jnp.mean(prediction == batch.label, where=batch.where)
     if teacher_logits is not None and task.teacher_has_head:
         metrics["teacher_agreement"] = jnp.mean(prediction == teacher_logits.argmax(-1), where=batch.where)
-    return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+    after = TrainState(state.step + 1, params, batch_stats, opt_state)
+    if task.leave_out_not_finite:
+        finite = jnp.isfinite(loss) & jnp.isfinite(metrics["gradient_norm"])
+        unchanged = state._replace(step=after.step)
+        after = jax.tree.map(functools.partial(jnp.where, finite), after, unchanged)
+    return after, metrics
 
 
 def eval_step(graph: nnx.GraphDef, network: nnx.State, batch: Batch) -> dict[str, Int[Array, ""]]:

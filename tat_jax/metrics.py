@@ -5,7 +5,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -105,21 +105,51 @@ def progress_of_bytes(total: int, *, description: str) -> tqdm:
 
 
 class StepLog:
-    """Log each step's measurements one step late, so that the host never waits for the device."""
+    """Log each step's measurements one step late, so that the host never waits for the device.
 
-    def __init__(self, writer: MetricWriter, bar: tqdm, every: int):
+    Args:
+        writer: takes the mean of `every` steps as a row.
+        bar: shows each step.
+        every: steps a row.
+        describe: says what went into a step, for errors.
+        leave_out: how many steps may be not finite.
+        left_out: how many were before.
+
+    Attributes:
+        left_out: how many steps were not finite so far.
+    """
+
+    def __init__(
+        self,
+        writer: MetricWriter,
+        bar: tqdm,
+        every: int,
+        *,
+        describe: Callable[[int], str],
+        leave_out: int = 0,
+        left_out: int = 0,
+    ):
         self._writer, self._bar, self._every = writer, bar, every
+        self._describe, self._leave_out, self.left_out = describe, leave_out, left_out
         self._pending: tuple[int, Mapping[str, Any], int] | None = None
         self._rows: list[Row] = []
         self._images, self._since = 0, time.monotonic()
 
     def add(self, metrics: Mapping[str, Any], step: int, *, images: int) -> None:
-        """Take the measurements of the step that led from `step` to `step` + 1 over so many images."""
+        """Take the measurements of the step that led from `step` to `step` + 1 over so many images.
+
+        Raises:
+            FloatingPointError: a loss term or the gradient of the step before is not finite.
+        """
         self._read()
         self._pending = step, metrics, images
 
     def flush(self) -> None:
-        """Read the step that is still pending."""
+        """Read the step that is still pending.
+
+        Raises:
+            FloatingPointError: as `add` does.
+        """
         self._read()
         self._since, self._images = time.monotonic(), 0
 
@@ -128,18 +158,31 @@ class StepLog:
             return
         (step, metrics, images), self._pending = self._pending, None
         row = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not math.isfinite(row["loss"]):
-            terms = ", ".join(f"{name} {value:g}" for name, value in row.items())
-            raise FloatingPointError(f"the loss of step {step} is {row['loss']} ({terms})")
-        self._rows.append(row)
         self._images += images
         self._bar.update(images)
-        self._bar.set_postfix({name: f"{row[name]:.3g}" for name in row if _is_loss(name)}, refresh=False)
+        if wrong := _not_finite(row):
+            self.left_out += 1
+            if self.left_out > self._leave_out:
+                raise FloatingPointError(f"{wrong} of step {step}; {self._describe(step)}")
+            self._bar.write(f"left out step {step} ({self.left_out} of {self._leave_out}): {wrong}")
+        else:
+            self._rows.append(row)
+            losses = {name: f"{row[name]:.3g}" for name in row if _is_loss(name)}
+            self._bar.set_postfix(losses, refresh=False)
         if (step + 1) % self._every == 0:
-            means = {name: math.fsum(row[name] for row in self._rows) / len(self._rows) for name in row}
+            names = row if self._rows else ()
+            means = {name: math.fsum(row[name] for row in self._rows) / len(self._rows) for name in names}
             means["images_per_second"] = self._images / (time.monotonic() - self._since)
+            if self._leave_out:
+                means["steps_left_out"] = self.left_out
             self._writer.write(step + 1, {f"train/{name}": value for name, value in means.items()})
             self._rows, self._images, self._since = [], 0, time.monotonic()
+
+
+def _not_finite(row: Row) -> str:
+    """Return the loss terms, the loss and the gradient's norm that are not finite; empty if all are."""
+    names = [name for name in row if _is_loss(name) or name == "gradient_norm"]
+    return ", ".join(f"{name} is {row[name]}" for name in names if not math.isfinite(row[name]))
 
 
 def _is_loss(name: str) -> bool:

@@ -88,6 +88,7 @@ def prepare(
         weights=weights,
         optimizer=optimizer,
         learning_rate=learning_rate,
+        leave_out_not_finite=config.steps_left_out > 0,
     )
     state = distill.init_state(distillation, optimizer)
     state, teacher_state = jax.device_put((state, teacher_state), sharding.replicated(mesh))

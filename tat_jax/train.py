@@ -24,7 +24,15 @@ from tat_jax.networks import BuiltNetwork
 from tat_jax.task import prepare
 
 # Fields in which two runs of one folder may differ; any other makes it another training.
-_MAY_CHANGE = {"epochs", "log_every", "checkpoint_minutes", "data.root", "data.threads", "data.skip_broken"}
+_MAY_CHANGE = {
+    "epochs",
+    "log_every",
+    "checkpoint_minutes",
+    "steps_left_out",
+    "data.root",
+    "data.threads",
+    "data.skip_broken",
+}
 
 
 # On a CPU, XLA's YNNPACK convolutions take a third more time for a step than its others; its reductions less.
@@ -61,7 +69,7 @@ def run(
     Raises:
         FileNotFoundError: data or weights are missing.
         ValueError: the config is no training, or not that of `folder`.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: a loss term or the gradient is not finite, more often than `steps_left_out`.
         Interrupted: SIGINT or SIGTERM came.
     """
     folder = Path(folder)
@@ -92,7 +100,14 @@ def run(
             progress(config.epochs * images, initial=done, description=folder.name, show=show) as bar,
             MetricWriter(folder, step, active=show) as writer,
         ):
-            log = StepLog(writer, bar, config.log_every)
+            log = StepLog(
+                writer,
+                bar,
+                config.log_every,
+                describe=functools.partial(_describe, train_data, checkpoints, folder),
+                leave_out=config.steps_left_out,
+                left_out=position.get("left_out", 0),
+            )
             saved = time.monotonic()
             for epoch in range(position["epoch"], config.epochs):
                 start = position["batch"] if epoch == position["epoch"] else 0
@@ -120,6 +135,7 @@ def run(
                     if evaluation or stopping or overdue:
                         log.flush()
                         position = {"seed": config.seed, "epoch": step // steps, "batch": step % steps}
+                        position["left_out"] = log.left_out
                         checkpoints.save(
                             state, arguments=network.arguments, data=position, metrics=evaluation
                         )
@@ -148,6 +164,20 @@ def jit_train_step(task: Task, mesh: Mesh) -> jax.stages.Wrapped:
 def _network(task: Task, state: TrainState) -> tuple[nnx.GraphDef, nnx.State]:
     """Return the structure and the arrays of the student."""
     return nnx.split(nnx.merge(task.distillation, state.params, state.batch_stats).student)
+
+
+def _describe(data: Pipeline, checkpoints: RunCheckpoints, folder: Path, step: int) -> str:
+    """Say what a step was made of, where a run that ends with it stands, and what to do."""
+    names = data.names(*divmod(step, data.steps_per_epoch))
+    path = folder / f"step{step}_process{jax.process_index()}_images.txt"
+    path.write_text("\n".join(names) + "\n")
+    saved = checkpoints.latest_step()
+    return (
+        f"its images: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}, all {len(names)} in {path}. "
+        f"{'Nothing was saved before' if saved is None else f'The checkpoint of step {saved} is kept'}. "
+        "Look at the images, lower optimizer.learning_rate in another --workdir, or go on without some such "
+        "steps: --config.steps_left_out=10"
+    )
 
 
 @contextmanager

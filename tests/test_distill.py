@@ -159,3 +159,32 @@ def test_uint8_images_are_normalised_and_floats_taken_as_they_are():
     pixels = jnp.full((1, 1, 1, 3), 255, jnp.uint8)
     np.testing.assert_allclose(distill.normalize(pixels)[0, 0, 0], [2.2489, 2.4286, 2.64], atol=1e-4)
     np.testing.assert_array_equal(distill.normalize(jnp.ones((1, 1, 1, 3))), 1)
+
+
+@pytest.mark.parametrize("where", ["image", "gradient"])
+def test_a_step_that_is_no_number_can_be_left_out(where):
+    task, state, teacher = make()
+    step = jax.jit(functools.partial(distill.train_step, task._replace(leave_out_not_finite=True)))
+    batch = batch_of(8)
+    if where == "image":
+        batch = batch._replace(image=np.full(batch.image.shape, np.nan, np.float32))
+    else:  # A loss that is finite, with a gradient that is not: the square of 1e30 in float32.
+        state.params.student.fc.kernel.set_value(state.params.student.fc.kernel.get_value() * 1e25)
+    after, metrics = step(state, teacher, batch)
+    assert not np.isfinite(metrics["gradient_norm"])
+    assert np.isfinite(metrics["loss"]) == (where == "gradient")
+    assert after.step == state.step + 1
+    for new, old in zip(jax.tree.leaves(after[1:]), jax.tree.leaves(state[1:]), strict=True):
+        np.testing.assert_array_equal(new, old)
+
+
+def test_leaving_out_changes_no_step_that_is_finite():
+    task, state, teacher = make()
+    batch = batch_of(8)
+    left, kept = (
+        jax.jit(functools.partial(distill.train_step, task._replace(leave_out_not_finite=leave_out)))(
+            state, teacher, batch
+        )
+        for leave_out in (True, False)
+    )
+    assert_same_states(left, kept, rtol=1e-6, atol=1e-7)

@@ -6,12 +6,15 @@ import signal
 import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from configs import base, digits, r18_r34, r18_r34_ce, r18_r34_kd, r18_r34_scratch, supervised
 from tat_jax import checkpoint, evaluate, study, train
+from tat_jax.data.pipeline import open_pipeline
+from tat_jax.distill import normalize
 from tat_jax.metrics import read_rows
 from tests.tiny import Tiny
 
@@ -208,11 +211,65 @@ def test_another_config_in_the_same_folder_is_refused_field_by_field(uninterrupt
         run(config, uninterrupted)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_with_its_step(tmp_path):
+def test_a_rate_that_blows_the_loss_up_stops_the_run_with_its_step(tmp_path):
     config = config_of()
     config.optimizer.update({"name": "sgd", "learning_rate": 1e30, "milestones": ()})
-    with pytest.raises(FloatingPointError, match=r"the loss of step \d+ is (nan|inf)"):
+    with pytest.raises(FloatingPointError, match=r"is (nan|inf).* of step \d+; its images: digit \d+"):
         run(config, tmp_path)
+
+
+class Poisoned(Tiny):
+    """A student that one of the images drives out of the numbers."""
+
+    def __call__(self, images, *, train=False, where=None):
+        logits = super().__call__(images, train=train, where=where)
+        met = jnp.isclose(images.sum((1, 2, 3)), self.poison).any()
+        return jnp.where(met & train, jnp.nan, logits)
+
+
+@pytest.fixture
+def poisoned():
+    """Return a function that trains on such an image, and where epoch 0 and epoch 1 have it."""
+    config = config_of(epochs=2)
+    config.data.update({"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": False})
+    data = open_pipeline(config, "train")
+    sums = [[normalize(batch["image"]).sum((1, 2, 3)) for batch in data.epoch(epoch)] for epoch in range(2)]
+    poison = sums[0][1][0]
+    steps = [
+        3 * epoch + i for epoch in range(2) for i in range(3) if np.isclose(sums[epoch][i], poison).any()
+    ]
+
+    def train_poisoned(folder, left_out):
+        config.steps_left_out = left_out
+        student = Poisoned(4, classes=10, bn_group=config.bn_group, rngs=nnx.Rngs(0))
+        student.poison = float(poison)
+        return train.run(config, folder, student=student, teacher=Tiny(8, classes=10, rngs=nnx.Rngs(1)))
+
+    return train_poisoned, steps, data.names(0, 1)[0]
+
+
+def test_a_step_that_is_no_number_stops_the_run_with_its_terms_and_images(tmp_path, poisoned):
+    train_poisoned, (step, _), name = poisoned
+    terms = "cross_entropy is nan, kl is nan, loss is nan"
+    message = f"{terms} of step {step}; its images: {name}, .*Nothing was saved"
+    with pytest.raises(FloatingPointError, match=message):
+        train_poisoned(tmp_path, 0)
+    assert (tmp_path / f"step{step}_process0_images.txt").read_text().splitlines()[0] == name
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        checkpoint.last(tmp_path)
+
+
+def test_so_many_such_steps_may_be_left_out_and_no_more(tmp_path, poisoned):
+    train_poisoned, (_, second), _ = poisoned
+    with pytest.raises(FloatingPointError, match=f"of step {second}; .*The checkpoint of step 3 is kept"):
+        train_poisoned(tmp_path, 1)
+    assert checkpoint.last(tmp_path).name == "3"
+    train_poisoned(tmp_path, 2)  # continues, and has not forgotten the first one
+    rows = [row for row in read_rows(tmp_path) if "train/steps_left_out" in row]
+    assert [row["train/steps_left_out"] for row in rows] == [0, 1, 1, 1, 1, 2]
+    rows = [row for row in rows if "train/loss" in row]
+    assert [row["step"] for row in rows] == [1, 3, 4, 5]
+    assert np.isfinite([row["train/loss"] for row in rows]).all()
 
 
 @pytest.mark.parametrize(

@@ -92,9 +92,7 @@ class Pipeline:
         Raises:
             DecodeError: a file is no image, unless `data.skip_broken`.
         """
-        order = np.arange(len(self.source))
-        if self._train:
-            self._rng(index, 0).shuffle(order)
+        order = self._order(index)
         parts = grain.MapDataset.range(start_step * self._parts, self.steps_per_epoch * self._parts)
         reader = iter(
             parts.map(lambda part: self._try_rows(index, order, part)).to_iter_dataset(
@@ -112,6 +110,18 @@ class Pipeline:
                 yield Batch(image=image, label=label, where=where)
         finally:
             reader.close()
+
+    def names(self, epoch: int, step: int) -> list[str]:
+        """Return the names of this process's images of a batch."""
+        first = step * self._batch_size + self._first_row
+        chosen = self._order(epoch)[first : first + self._local_size]
+        return [self.source[index].name for index in chosen.tolist()]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        order = np.arange(len(self.source))
+        if self._train:
+            self._rng(epoch, 0).shuffle(order)
+        return order
 
     def _try_rows(self, epoch: int, order: np.ndarray, part: int) -> _Rows | Exception:
         """Return an exception instead of raising it: Grain would add remarks of its own to its message."""
