@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tat_jax import checkpoint, networks, sharding
+from tat_jax import checkpoint, fields, networks, sharding
 from tat_jax.data.pipeline import Pipeline, open_pipeline
 from tat_jax.distill import Batch, eval_step
 from tat_jax.metrics import progress
@@ -41,7 +41,9 @@ def run(config: ConfigDict, folder: str | Path, which: str) -> Accuracy:
 
     Raises:
         FileNotFoundError: the network or the data are not there.
+        ValueError: the config is no training's.
     """
+    fields.check(config)
     choose = {"best": checkpoint.best, "last": checkpoint.last}.get(which)
     network = networks.restore(choose(Path(folder)) if choose else which, dtype=config.dtype)
     mesh = sharding.make_mesh()

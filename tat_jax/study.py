@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from tat_jax import report, train
+from tat_jax import fields, report, train
 from tat_jax.metrics import read_rows
 
 
@@ -23,6 +23,8 @@ def run(config: ConfigDict, folder: str | Path) -> str:
     """
     folder = Path(folder)
     study = config.study.to_dict()
+    for changes in (study["teacher"], *study["students"].values()):
+        fields.check(_variant(config, changes))
     teacher = train.run(_variant(config, study["teacher"]), folder / "teacher")["last"]["eval/top1"]
     runs = {name: [folder / name / f"seed{seed}" for seed in study["seeds"]] for name in study["students"]}
     for name, changes in study["students"].items():

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tat_jax import distill, report, sharding
+from tat_jax import distill, fields, report, sharding
 from tat_jax.checkpoint import RunCheckpoints
 from tat_jax.data.pipeline import Pipeline, open_pipeline
 from tat_jax.distill import Batch, Task, TrainState
@@ -72,6 +72,7 @@ def run(
         FloatingPointError: a loss term or the gradient is not finite, more often than `steps_left_out`.
         Interrupted: SIGINT or SIGTERM came.
     """
+    fields.check(config)
     folder = Path(folder)
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.batch_size, mesh)
@@ -210,11 +211,11 @@ def _keep_config(config: ConfigDict, folder: Path) -> None:
     path = folder / "config.json"
     new = json.loads(config.to_json())
     if path.exists():
-        old, fields = _flat(json.loads(path.read_text())), _flat(new)
+        old, now = fields.flatten(json.loads(path.read_text())), fields.flatten(new)
         changed = [
-            f"  {name}: {old.get(name)} there, {fields.get(name)} now"
-            for name in sorted(old.keys() | fields.keys())
-            if old.get(name) != fields.get(name) and name not in _MAY_CHANGE
+            f"  {name}: {old.get(name)} there, {now.get(name)} now"
+            for name in sorted(old.keys() | now.keys())
+            if old.get(name) != now.get(name) and name not in _MAY_CHANGE
         ]
         if changed:
             raise ValueError(
@@ -225,13 +226,6 @@ def _keep_config(config: ConfigDict, folder: Path) -> None:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(new, indent=2) + "\n")
         temporary.replace(path)  # at once, for other processes may be reading
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _summary(

@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 SPLITS = ("train", "val")
+SOURCES = ("imagefolder", "tfds", "digits")
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 
 
@@ -46,7 +47,7 @@ def open_source(data: ConfigDict, split: str) -> Source:
         return Tfds(data.tfds_name, data.root, split)
     if data.source == "digits":
         return Digits(split, data.labels_per_class)
-    raise ValueError(f"no data.source {data.source!r}; there are imagefolder, tfds, digits")
+    raise ValueError(f"no data.source {data.source!r}; there are {', '.join(SOURCES)}")
 
 
 class ImageFolder:
