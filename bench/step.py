@@ -44,7 +44,9 @@ def measure() -> list[Row]:
     ):
         print(f"{what} beside {name}", file=sys.stderr, flush=True)
         rival = pytorch_step(images, labels, device, compiled=compiled)
-        rows.append(compare_times(f"{what}, beside {name}", ours, rival, bound=bound))
+        rows.append(
+            compare_times(f"{what}, beside {name}", ours, rival, bound=bound, images=batch_size, rounds=9)
+        )
     return rows
 
 
