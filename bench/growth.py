@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bench.loss import compile_loss
+from bench.step import PEAKS
 from configs import r18_r34
 from fidelity.collectives import bytes_sent, compile_step
 from fidelity.report import markdown_table, versions
@@ -56,7 +57,7 @@ class Machine(NamedTuple):
 
 
 MACHINES = (
-    Machine("8 × H200", 8, 989e12, 4.8e12, 450e9, 4.0, 256),
+    Machine("8 × H200", 8, *PEAKS["H200"], 450e9, 4.0, 256),
     Machine("v5e-64", 64, 197e12, 819e9, 200e9, 1.2, 32),
 )
 # Of what binds, a step of mixed sizes reaches about half: an assumption.

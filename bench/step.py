@@ -1,7 +1,9 @@
 """The training step, ResNet-34 → 18 with TaT at 224²: ours beside PyTorch's, eager and compiled.
 
 `python -m bench.step [--json FILE]`. On a CPU batch 16 in float32; on a GPU batch 256 in bfloat16, which is
-AMP in PyTorch. PyTorch works channels-last.
+AMP in PyTorch, and ours is compared with the roofline, too: the images/s at which the compiled program's
+operations, or the bytes that it moves, would take all of what the maker promises. PyTorch works
+channels-last.
 """
 
 import sys
@@ -25,6 +27,8 @@ from tat_jax.task import prepare
 from tat_jax.train import jit_train_step
 
 SIZE, CLASSES = 224, 1000
+# Operations a second in dense bfloat16 and bytes a second to memory, as NVIDIA states them for SXM cards.
+PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
 
 
 def measure() -> list[Row]:
@@ -35,7 +39,7 @@ def measure() -> list[Row]:
     rng = np.random.default_rng(0)
     images = rng.normal(size=(batch_size, SIZE, SIZE, 3)).astype(np.float32)
     labels = rng.integers(0, CLASSES, batch_size).astype(np.int32)
-    ours = our_step(images, labels, dtype)
+    ours, cost = our_step(images, labels, dtype)
     what = f"step, batch {batch_size}, {dtype}, {device}"
     rows = []
     for name, compiled, bound in (
@@ -47,11 +51,34 @@ def measure() -> list[Row]:
         rows.append(
             compare_times(f"{what}, beside {name}", ours, rival, bound=bound, images=batch_size, rounds=9)
         )
+    kind = jax.devices()[0].device_kind
+    rows += [
+        roofline(f"{what}, beside the roofline of {name}", rows[0].ours, batch_size, cost, peaks)
+        for name, peaks in PEAKS.items()
+        if name in kind
+    ]
     return rows
 
 
-def our_step(images: np.ndarray, labels: np.ndarray, dtype: str) -> Callable[[], Any]:
-    """Return a function that takes one step of `configs/r18_r34.py` with random weights, and waits for it."""
+def roofline(
+    name: str, rate: float, batch_size: int, cost: dict[str, float], peaks: tuple[float, float]
+) -> Row:
+    """Compare images/s with what operations and bytes of a step allow; the ratio is the share reached."""
+    flops, moved = cost["flops"], cost["bytes accessed"]
+    seconds = max(flops / peaks[0], moved / peaks[1])
+    binds = "operations" if seconds == flops / peaks[0] else "memory"
+    share = rate * seconds / batch_size
+    name = f"{name}: {flops / 1e12:.2f} TFLOP, {moved / 1e9:.1f} GB a step, {binds} bind"
+    return Row(name, rate, batch_size / seconds, share, None, "images/s", (share, share))
+
+
+def our_step(
+    images: np.ndarray, labels: np.ndarray, dtype: str
+) -> tuple[Callable[[], Any], dict[str, float]]:
+    """Return a function that takes one step of `configs/r18_r34.py` and waits for it, and the program's cost.
+
+    Weights are random.
+    """
     config = r18_r34.get_config()
     config.update({"dtype": dtype, "batch_size": len(images), "bn_group": None})
     config.student.weights = config.teacher.weights = "random"
@@ -59,14 +86,16 @@ def our_step(images: np.ndarray, labels: np.ndarray, dtype: str) -> Callable[[],
     prepared = prepare(config, mesh, num_classes=CLASSES, steps_per_epoch=100)
     batch = Batch(image=images, label=labels, where=np.ones(len(images), bool))
     (batch,) = sharding.put_batches([batch], mesh)
-    step, state = jit_train_step(prepared.task, mesh), prepared.state
+    state, others = prepared.state, (prepared.teacher, DeviceBatch(**batch))
+    program = jit_train_step(prepared.task, mesh).lower(state, *others).compile()
 
     def call() -> None:
         nonlocal state
-        state, metrics = step(state, prepared.teacher, DeviceBatch(**batch))
+        state, metrics = program(state, *others)
         jax.block_until_ready(metrics)
 
-    return call
+    cost: Any = program.cost_analysis()
+    return call, cost
 
 
 def pytorch_step(images: np.ndarray, labels: np.ndarray, device: str, *, compiled: bool) -> Callable[[], Any]:

@@ -10,6 +10,7 @@ from bench import input as bench_input
 from bench import loop, loss, sidebyside
 from bench.growth import Machine, estimate, plot
 from bench.sidebyside import Row, compare_times, table
+from bench.step import roofline
 from configs import r18_r34
 from fidelity.photographs import photographs
 
@@ -98,3 +99,11 @@ def test_training_is_compared_with_its_bare_step(tmp_path, monkeypatch):
     assert (row.name, row.bound, row.unit) == ("training", 0.97, "images/s")
     assert row.ours > 0
     assert row.rival > 0
+
+
+@pytest.mark.parametrize(("moved", "binds", "bound"), [(10.0, "operations", 20.0), (100.0, "memory", 4.0)])
+def test_the_roofline_is_the_tighter_of_operations_and_bytes(moved, binds, bound):
+    cost = {"flops": 40.0, "bytes accessed": moved}
+    row = roofline("step", 2.0, 8, cost, peaks=(100.0, 50.0))
+    assert (row.ours, row.rival, row.ratio) == (2.0, bound, 2.0 / bound)
+    assert f"{binds} bind" in row.name
