@@ -8,8 +8,7 @@ wrote.
 
 import argparse
 import json
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +18,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bench.loss import compile_loss
+from bench.sidebyside import timed
 from bench.step import PEAKS
 from configs import r18_r34
-from fidelity.collectives import bytes_sent, compile_step
+from fidelity.collectives import bytes_sent
+from fidelity.our_step import blank_rows, compile_step
 from fidelity.report import markdown_table, versions
 from tat_jax.tat import tat_loss
 
@@ -68,19 +69,14 @@ def by_batch() -> list[Figures]:
     """Measure the step on one device: memory besides arguments, time, operations and bytes an image."""
     rows = []
     for batch in BATCHES:
-        program, state, others = compile_step(_config(batch), devices=1, num_classes=1000)
-        cost = program.cost_analysis()
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            state, metrics = program(state, *others)
-            jax.block_until_ready(metrics)
-            times.append(time.perf_counter() - start)
+        config = _config(batch)
+        step = compile_step(config, blank_rows(config), num_classes=1000)
+        cost = step.program.cost_analysis()
         rows.append(
             {
                 "batch": batch,
-                "MiB": program.memory_analysis().temp_size_in_bytes / 2**20,
-                "ms": 1000 * float(np.median(times[1:])),
+                "MiB": step.program.memory_analysis().temp_size_in_bytes / 2**20,
+                "ms": _milliseconds(step.repeated()),
                 "GFLOP an image": cost["flops"] / batch / 1e9,
                 "MB moved an image": cost["bytes accessed"] / batch / 1e6,
             }
@@ -95,13 +91,9 @@ def by_positions() -> list[Figures]:
     for side in SIDES:
         arrays = [jnp.asarray(rng.normal(0, 0.3, (1, side, side, 256)), jnp.float32) for _ in range(4)]
         program = compile_loss(tat_loss, arrays, heads=1)
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            jax.block_until_ready(program(*arrays))
-            times.append(time.perf_counter() - start)
+        ms = _milliseconds(program, *arrays)
         mib = program.memory_analysis().temp_size_in_bytes / 2**20
-        rows.append({"positions": side**2, "MiB": mib, "ms": 1000 * float(np.median(times[1:]))})
+        rows.append({"positions": side**2, "MiB": mib, "ms": ms})
     return rows
 
 
@@ -114,8 +106,8 @@ def by_devices() -> list[Figures]:
             config.bn_group = batch
             # Parameters, and so what is sent, are the same at this size, which compiles sooner.
             config.data.image_size = 64
-            text = compile_step(config, devices=devices, num_classes=1000).program.as_text()
-            operations, sent = bytes_sent(text)
+            step = compile_step(config, blank_rows(config), devices=devices, num_classes=1000)
+            operations, sent = bytes_sent(step.program.as_text())
             rows.append(
                 {
                     "devices": devices,
@@ -180,6 +172,13 @@ def plot(batches: list[Figures], positions: list[Figures], devices: list[Figures
     for axes in (batch, loss, network):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
+
+
+def _milliseconds(call: Callable[..., object], *arguments: jax.Array) -> float:
+    """Return the median of three calls, after one that does not count."""
+    run = timed(lambda: jax.block_until_ready(call(*arguments)))
+    run()
+    return 1000 * float(np.median([run() for _ in range(3)]))
 
 
 def _config(batch: int) -> Any:

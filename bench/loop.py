@@ -19,10 +19,9 @@ from ml_collections import ConfigDict
 
 from bench.sidebyside import Row, compare, main
 from configs import r18_r34
-from tat_jax import sharding, train
+from fidelity.our_step import compile_step
+from tat_jax import train
 from tat_jax.data.pipeline import open_pipeline
-from tat_jax.distill import Batch
-from tat_jax.task import prepare
 
 WARM_UP = 8  # steps that do not count: the first compiles, the first row opens its files
 
@@ -55,11 +54,10 @@ def measure_one(name: str, config: ConfigDict, *, steps: int, bound: float | Non
     images = (WARM_UP + steps) * config.batch_size
     config.data.labels_per_class = min(-(-images // 10), 100)
     config.epochs = config.eval_every = -(-images // (10 * config.data.labels_per_class))
-    bare = _bare(config, steps)
     return compare(
         name,
         lambda: _training(config, steps),
-        bare,
+        _bare(config, steps),
         bound=bound,
         images=steps * config.batch_size,
         warm_up=False,
@@ -93,13 +91,10 @@ def _training(config: ConfigDict, steps: int) -> float:
 
 def _bare(config: ConfigDict, steps: int) -> Callable[[], float]:
     """Return a function that takes so many steps on one batch, and returns their seconds."""
-    mesh = sharding.make_mesh()
     data = open_pipeline(config, "train")
-    prepared = prepare(
-        config, mesh, num_classes=data.source.num_classes, steps_per_epoch=data.steps_per_epoch
+    program, state, others = compile_step(
+        config, next(data.epoch(0)), devices=jax.device_count(), num_classes=data.source.num_classes
     )
-    (batch,) = sharding.put_batches([next(data.epoch(0))], mesh)
-    step, state = train.jit_train_step(prepared.task, mesh), prepared.state
 
     def call() -> float:
         nonlocal state
@@ -107,7 +102,7 @@ def _bare(config: ConfigDict, steps: int) -> Callable[[], float]:
         before = None
         for _ in range(WARM_UP + steps):
             calls.append(time.perf_counter())
-            state, metrics = step(state, prepared.teacher, Batch(**batch))
+            state, metrics = program(state, *others)
             jax.device_get(before)
             before = metrics
         return _seconds(calls, steps)

@@ -1,4 +1,4 @@
-"""Ours and a rival, measured in turns in one process; the table and the file that hold what came out."""
+"""Ours and a rival, measured in turns; the table and the file that hold what came out."""
 
 import argparse
 import json
@@ -48,7 +48,7 @@ def compare_times(
     name: str, ours: Callable[[], object], rival: Callable[[], object], *, bound: float | None, **kwargs: Any
 ) -> Row:
     """Compare how long calls of ours and the rival's take; see `compare`."""
-    return compare(name, _timed(ours), _timed(rival), bound=bound, **kwargs)
+    return compare(name, timed(ours), timed(rival), bound=bound, **kwargs)
 
 
 def compare(
@@ -88,13 +88,15 @@ def compare(
     return Row(name, images / our, images / their, their / our, bound, "images/s", spread)
 
 
-def _timed(call: Callable[[], object]) -> Callable[[], float]:
-    def timed() -> float:
+def timed(call: Callable[[], object]) -> Callable[[], float]:
+    """Return a function that calls, and returns the seconds that it took."""
+
+    def seconds() -> float:
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
 
-    return timed
+    return seconds
 
 
 def compare_bytes(name: str, ours: int, rival: int, *, bound: float | None) -> Row:

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.sidebyside import Row, compare, main
+from bench.sidebyside import Row, compare, compare_times, main
 
 MAIN = Path(__file__).parent.parent / "main.py"
 RUN = (
@@ -43,7 +43,12 @@ def measure() -> list[Row]:
                 warm_up=False,
                 seconds=120,
             ),
-            compare("--help, beside python -c ''", _help, _nothing, bound=None),
+            compare_times(
+                "--help, beside python -c ''",
+                lambda: _python(str(MAIN), "--help"),
+                lambda: _python("-c", ""),
+                bound=None,
+            ),
         ]
 
 
@@ -75,18 +80,8 @@ def first_step(cache: str) -> float:
             run.wait()
 
 
-def _help() -> float:
-    return _seconds([str(MAIN), "--help"])
-
-
-def _nothing() -> float:
-    return _seconds(["-c", ""])
-
-
-def _seconds(arguments: list[str]) -> float:
-    start = time.perf_counter()
+def _python(*arguments: str) -> None:
     subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=False)
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

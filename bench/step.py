@@ -18,13 +18,10 @@ from einops import rearrange
 from bench.sidebyside import Row, compare_times, main
 from configs import r18_r34
 from fidelity import torch_step
+from fidelity.our_step import compile_step
 from fidelity.torch_resnet import random_torch_resnet
 from fidelity.torch_step import TorchStudent
-from tat_jax import sharding
 from tat_jax.data.pipeline import Batch
-from tat_jax.distill import Batch as DeviceBatch
-from tat_jax.task import prepare
-from tat_jax.train import jit_train_step
 
 SIZE, CLASSES = 224, 1000
 # Operations a second in dense bfloat16 and bytes a second to memory, as NVIDIA states them for SXM cards.
@@ -82,20 +79,9 @@ def our_step(
     config = r18_r34.get_config()
     config.update({"dtype": dtype, "batch_size": len(images), "bn_group": None})
     config.student.weights = config.teacher.weights = "random"
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    prepared = prepare(config, mesh, num_classes=CLASSES, steps_per_epoch=100)
-    batch = Batch(image=images, label=labels, where=np.ones(len(images), bool))
-    (batch,) = sharding.put_batches([batch], mesh)
-    state, others = prepared.state, (prepared.teacher, DeviceBatch(**batch))
-    program = jit_train_step(prepared.task, mesh).lower(state, *others).compile()
-
-    def call() -> None:
-        nonlocal state
-        state, metrics = program(state, *others)
-        jax.block_until_ready(metrics)
-
-    cost: Any = program.cost_analysis()
-    return call, cost
+    rows = Batch(image=images, label=labels, where=np.ones(len(images), bool))
+    step = compile_step(config, rows, num_classes=CLASSES)
+    return step.repeated(), step.program.cost_analysis()
 
 
 def pytorch_step(images: np.ndarray, labels: np.ndarray, device: str, *, compiled: bool) -> Callable[[], Any]:

@@ -4,19 +4,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from ml_collections import ConfigDict
 
 from configs import r18_r34
 from fidelity.claim import Claim
-from tat_jax import distill, sharding
-from tat_jax.data.pipeline import Batch
-from tat_jax.distill import TrainState
-from tat_jax.task import prepare
-from tat_jax.train import jit_train_step
+from fidelity.our_step import blank_rows, compile_step
 
 _COLLECTIVE = re.compile(
     r"= (.+?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)"
@@ -47,13 +40,13 @@ def claims(*, devices: int = 8) -> list[Claim]:
     """Count what a step sends with BatchNorm's statistics over each device's images, and over all."""
     config = r18_r34.get_config("smoke")
     config.batch_size, config.bn_group = 2 * devices, 2
-    program, state, _ = compile_step(config, devices=devices)
+    program, state, _ = compile_step(config, blank_rows(config), devices=devices)
     operations, arrays = sent(program.as_text())
     known = Counter(_key(leaf.shape) for leaf in jax.tree.leaves((state.params, state.batch_stats)))
     beyond = arrays - known
     del beyond[()]
     config.bn_group = None
-    whole_batch, _ = sent(compile_step(config, devices=devices).program.as_text())
+    whole_batch, _ = sent(compile_step(config, blank_rows(config), devices=devices).program.as_text())
     return [
         Claim(
             "bytes sent by a step beyond gradients, one group's running statistics and scalars",
@@ -69,27 +62,3 @@ def claims(*, devices: int = 8) -> list[Claim]:
 def _key(shape: Iterable[int]) -> tuple[int, ...]:
     """Return a shape without its ones, in an order of its own: the compiler transposes and reshapes."""
     return tuple(sorted(size for size in shape if size > 1))
-
-
-class CompiledStep(NamedTuple):
-    """A program with what it is called with: `program(state, *others)`."""
-
-    program: Any
-    state: TrainState
-    others: tuple[Any, distill.Batch]
-
-
-def compile_step(config: ConfigDict, *, devices: int, num_classes: int = 10) -> CompiledStep:
-    """Compile the step of a config for the first so many devices."""
-    mesh = sharding.make_mesh(jax.devices()[:devices])
-    prepared = prepare(config, mesh, num_classes=num_classes, steps_per_epoch=1)
-    size = config.data.image_size
-    rows = Batch(
-        image=np.zeros((config.batch_size, size, size, 3), np.uint8),
-        label=np.zeros(config.batch_size, np.int32),
-        where=np.ones(config.batch_size, bool),
-    )
-    (batch,) = sharding.put_batches([rows], mesh)
-    others = prepared.teacher, distill.Batch(**batch)
-    program = jit_train_step(prepared.task, mesh).lower(prepared.state, *others).compile()
-    return CompiledStep(program, prepared.state, others)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from tat_jax.data.sources import SOURCES
@@ -121,7 +122,7 @@ def check(config: ConfigDict) -> None:
         ValueError: fields are missing, unknown or have values that are not allowed; each is named, with what
             is allowed.
     """
-    values = flatten(config.to_dict())
+    values = flatten_dict(config.to_dict(), sep=".")
     values = {name: value for name, value in values.items() if not name.startswith("study.")}
     lines = [f"{name} is missing" for name in RULES if "*" not in name and name not in values]
     for name, value in values.items():
@@ -133,14 +134,6 @@ def check(config: ConfigDict) -> None:
             lines.append(f"{name}={value!r}: allowed is {rule.allowed}")
     if lines:
         raise ValueError("in the config, " + "\n  ".join(lines))
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the fields of nested dictionaries by dotted name."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _pattern(name: str) -> str:

@@ -28,7 +28,7 @@ class MetricWriter:
     """
 
     def __init__(self, folder: Path, step: int, *, active: bool = True):
-        self._active = active
+        self._folder, self._step, self._active = folder, step, active
         if not active:
             return
         path = folder / "metrics.jsonl"
@@ -37,7 +37,13 @@ class MetricWriter:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         temporary.replace(path)
         self._lines = path.open("a")
-        self._open_events = functools.cache(lambda: _open_events(folder, step))
+
+    @functools.cached_property
+    def _events(self) -> Any:
+        # Imported with the first row, when devices are at work: it imports PyTorch where that is installed.
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(str(self._folder), purge_step=self._step + 1 if self._step else None)
 
     def __enter__(self) -> Self:
         return self
@@ -47,7 +53,7 @@ class MetricWriter:
     ) -> None:
         if self._active:
             self._lines.close()
-            self._open_events().close()
+            self._events.close()
 
     def write(self, step: int, row: Row) -> None:
         """Write one row, as in `{"train/loss": 1.5}`."""
@@ -56,14 +62,7 @@ class MetricWriter:
         self._lines.write(json.dumps({"step": step, **row}) + "\n")
         self._lines.flush()
         for name, value in row.items():
-            self._open_events().add_scalar(name, value, step)
-
-
-def _open_events(folder: Path, step: int) -> Any:
-    # Imported with the first row, when devices are at work: it imports PyTorch where that is installed.
-    from tensorboardX import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+            self._events.add_scalar(name, value, step)
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:

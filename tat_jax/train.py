@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -33,8 +34,6 @@ _MAY_CHANGE = {
     "data.threads",
     "data.skip_broken",
 }
-
-
 # On a CPU, XLA's YNNPACK convolutions take a third more time for a step than its others; its reductions less.
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
@@ -135,8 +134,12 @@ def run(
                     overdue = time.monotonic() - saved > 60 * config.checkpoint_minutes
                     if evaluation or stopping or overdue:
                         log.flush()
-                        position = {"seed": config.seed, "epoch": step // steps, "batch": step % steps}
-                        position["left_out"] = log.left_out
+                        position = {
+                            "seed": config.seed,
+                            "epoch": step // steps,
+                            "batch": step % steps,
+                            "left_out": log.left_out,
+                        }
                         checkpoints.save(
                             state, arguments=network.arguments, data=position, metrics=evaluation
                         )
@@ -211,7 +214,7 @@ def _keep_config(config: ConfigDict, folder: Path) -> None:
     path = folder / "config.json"
     new = json.loads(config.to_json())
     if path.exists():
-        old, now = fields.flatten(json.loads(path.read_text())), fields.flatten(new)
+        old, now = (flatten_dict(kept, sep=".") for kept in (json.loads(path.read_text()), new))
         changed = [
             f"  {name}: {old.get(name)} there, {now.get(name)} now"
             for name in sorted(old.keys() | now.keys())

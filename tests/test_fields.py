@@ -4,13 +4,14 @@ import functools
 import math
 
 import pytest
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from configs import base, digits, r18_r34, r18_r34_ce, r18_r34_kd, r18_r34_scratch, supervised
 from tat_jax import evaluate, fields, study, train
 
 EXPERIMENTS = [r18_r34, r18_r34_kd, r18_r34_ce, r18_r34_scratch, supervised]
-NAMES = sorted(fields.flatten(base.base().to_dict()))
+NAMES = sorted(flatten_dict(base.base().to_dict(), sep="."))
 # Where 0 means something.
 ZERO = {"seed", "steps_left_out", "checkpoint_minutes", "loss.alpha", "loss.beta", "optimizer.weight_decay"}
 ZERO |= {"optimizer.momentum", "data.threads"}
@@ -54,7 +55,7 @@ def test_zero_none_and_yes_are_taken_where_they_mean_something_only(name):
         0: name in ZERO,
         None: name in NONE,
         "x": name in TEXT,
-        True: isinstance(fields.flatten(base.base().to_dict())[name], bool),
+        True: isinstance(flatten_dict(base.base().to_dict(), sep=".")[name], bool),
     }
     for value, accepted in taken.items():
         if accepted:

@@ -150,7 +150,11 @@ def test_a_whole_run_short_batches_and_continuing_included_compiles_one_step(tmp
 
 def test_nothing_at_all_is_compiled_after_the_first_checkpoint(tmp_path, monkeypatch):
     compilations, after_epochs = [], []
-    listener = lambda name, *_, **__: compilations.append(name) if "backend_compile" in name else None  # noqa: E731
+
+    def listener(name, *_, **__):
+        if "backend_compile" in name:
+            compilations.append(name)
+
     jax.monitoring.register_event_duration_secs_listener(listener)
     evaluate_epoch = train.evaluate
 
@@ -257,6 +261,20 @@ def test_a_step_that_is_no_number_stops_the_run_with_its_terms_and_images(tmp_pa
     assert (tmp_path / f"step{step}_process0_images.txt").read_text().splitlines()[0] == name
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         checkpoint.last(tmp_path)
+
+
+class Steep(Tiny):
+    """A student whose gradient is no number where its logits are."""
+
+    def __call__(self, images, *, train=False, where=None):
+        logits = super().__call__(images, train=train, where=where)
+        return logits + jnp.sqrt(0 * logits)
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_before_anything_is_saved(tmp_path):
+    student = Steep(4, classes=10, rngs=nnx.Rngs(0))
+    with pytest.raises(FloatingPointError, match=r"^gradient_norm is nan of step 0; .*Nothing was saved"):
+        train.run(config_of(), tmp_path, student=student, teacher=Tiny(8, classes=10, rngs=nnx.Rngs(1)))
 
 
 def test_so_many_such_steps_may_be_left_out_and_no_more(tmp_path, poisoned):
