@@ -1,0 +1,1 @@
+"""Faults brought about on purpose, and what survives them: `make torture`."""
