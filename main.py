@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def main(arguments: list[str]) -> None:
 
     from tat_jax import evaluate, sharding, study, train
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # leave at once; a training catches the first
     jax.config.update("jax_compilation_cache_dir", str(_CACHE))
     try:
         sharding.start_processes()
@@ -49,7 +51,7 @@ def main(arguments: list[str]) -> None:
         print(f"run folder {workdir}, picture {workdir / 'curves.png'}")
     except train.Interrupted as stopped:
         print(f"{stopped}; the same command continues from there", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + stopped.signal)
     except (ValueError, OSError, FloatingPointError) as error:
         logging.debug("in full:", exc_info=error)  # shown with --verbosity=1
         sys.exit(f"error: {error}")

@@ -1,5 +1,6 @@
 """Exact evaluation: every image of the split once, whatever the batch size and the number of devices."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,10 @@ class Accuracy(NamedTuple):
         return f"top-1 {self.top1:.2%}  top-5 {self.top5:.2%}  on {self.images:,} images{skipped}"
 
 
+class Stopped(Exception):
+    """An evaluation was asked to stop by a signal of this number."""
+
+
 def run(config: ConfigDict, folder: str | Path, which: str) -> Accuracy:
     """Evaluate a network on the validation images of `config`.
 
@@ -49,11 +54,18 @@ def run(config: ConfigDict, folder: str | Path, which: str) -> Accuracy:
     mesh = sharding.make_mesh()
     pipeline = open_pipeline(config, "val", batch_size=sharding.round_up(config.batch_size, mesh))
     graph, weights = nnx.split(network.model)
-    return evaluate(graph, jax.device_put(weights, sharding.replicated(mesh)), pipeline, mesh)
+    weights = jax.device_put(weights, sharding.replicated(mesh))
+    return evaluate(graph, weights, pipeline, mesh, show=jax.process_index() == 0)
 
 
 def evaluate(
-    graph: nnx.GraphDef, network: nnx.State, pipeline: Pipeline, mesh: Mesh, *, show: bool = True
+    graph: nnx.GraphDef,
+    network: nnx.State,
+    pipeline: Pipeline,
+    mesh: Mesh,
+    *,
+    show: bool = True,
+    stop_signal: Callable[[], int] = lambda: 0,
 ) -> Accuracy:
     """Count right predictions over the whole split.
 
@@ -63,14 +75,18 @@ def evaluate(
         pipeline: the split, without augmentation.
         mesh: the devices.
         show: draw a progress bar.
+        stop_signal: asked before each batch, by every process; not 0 stops.
 
     Raises:
+        Stopped: `stop_signal` said so.
         RuntimeError: the images counted are not those of the split.
     """
     totals = {"count": 0, "top1": 0, "top5": 0}
     pending = None
     with progress(len(pipeline.source), description="evaluate", leave=False, show=show) as bar:
         for batch in sharding.put_batches(pipeline.epoch(0), mesh):
+            if number := stop_signal():
+                raise Stopped(number)
             counts = _eval_step(graph, network, Batch(**batch))
             if pending is not None:
                 bar.update(_add(totals, pending))

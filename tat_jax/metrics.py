@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -36,7 +37,7 @@ class MetricWriter:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         temporary.replace(path)
-        self._lines = path.open("a")
+        self._lines = path.open("ab", buffering=0)  # nothing stays behind that a full disk would refuse again
 
     @functools.cached_property
     def _events(self) -> Any:
@@ -55,26 +56,35 @@ class MetricWriter:
             self._lines.close()
             self._events.close()
 
+    def sync(self) -> None:
+        """Wait until what was written lies on the disk, so that no checkpoint has more steps than its log."""
+        if self._active:
+            os.fsync(self._lines.fileno())
+
     def write(self, step: int, row: Row) -> None:
         """Write one row, as in `{"train/loss": 1.5}`."""
         if not self._active:
             return
-        self._lines.write(json.dumps({"step": step, **row}) + "\n")
-        self._lines.flush()
+        self._lines.write(json.dumps({"step": step, **row}).encode() + b"\n")
         for name, value in row.items():
             self._events.add_scalar(name, value, step)
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run so far, without one that was cut off while it was written."""
+    """Return the rows of a run so far, without one that was cut off while it was written.
+
+    Raises:
+        ValueError: a line is no row; it is named.
+    """
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     rows = []
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            rows[-1]["step"] + 0
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{path}, line {number} is damaged: mend or remove it; {line[:60]!r}") from None
     return rows
 
 
@@ -112,10 +122,7 @@ class StepLog:
         every: steps a row.
         describe: says what went into a step, for errors.
         leave_out: how many steps may be not finite.
-        left_out: how many were before.
-
-    Attributes:
-        left_out: how many steps were not finite so far.
+        position: of a log that is to be continued.
     """
 
     def __init__(
@@ -126,13 +133,19 @@ class StepLog:
         *,
         describe: Callable[[int], str],
         leave_out: int = 0,
-        left_out: int = 0,
+        position: Mapping[str, Any] | None = None,
     ):
         self._writer, self._bar, self._every = writer, bar, every
-        self._describe, self._leave_out, self.left_out = describe, leave_out, left_out
+        self._describe, self._leave_out = describe, leave_out
         self._pending: tuple[int, Mapping[str, Any], int] | None = None
-        self._rows: list[Row] = []
+        position = position or {"left_out": 0, "rows": []}
+        self._left_out, self._rows = position["left_out"], list(position["rows"])
         self._images, self._since = 0, time.monotonic()
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """Return what continues the log: how many steps were left out, and those since the last row."""
+        return {"left_out": self._left_out, "rows": self._rows}
 
     def add(self, metrics: Mapping[str, Any], step: int, *, images: int) -> None:
         """Take the measurements of the step that led from `step` to `step` + 1 over so many images.
@@ -160,10 +173,10 @@ class StepLog:
         self._images += images
         self._bar.update(images)
         if wrong := _not_finite(row):
-            self.left_out += 1
-            if self.left_out > self._leave_out:
+            self._left_out += 1
+            if self._left_out > self._leave_out:
                 raise FloatingPointError(f"{wrong} of step {step}; {self._describe(step)}")
-            self._bar.write(f"left out step {step} ({self.left_out} of {self._leave_out}): {wrong}")
+            self._bar.write(f"left out step {step} ({self._left_out} of {self._leave_out}): {wrong}")
         else:
             self._rows.append(row)
             losses = {name: f"{row[name]:.3g}" for name in row if _is_loss(name)}
@@ -173,7 +186,7 @@ class StepLog:
             means = {name: math.fsum(row[name] for row in self._rows) / len(self._rows) for name in names}
             means["images_per_second"] = self._images / (time.monotonic() - self._since)
             if self._leave_out:
-                means["steps_left_out"] = self.left_out
+                means["steps_left_out"] = self._left_out
             self._writer.write(step + 1, {f"train/{name}": value for name, value in means.items()})
             self._rows, self._images, self._since = [], 0, time.monotonic()
 

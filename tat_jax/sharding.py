@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # What starts several processes says so in the environment: SLURM, Open MPI, a TPU pod, or a person.
@@ -54,6 +55,33 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
 def round_up(batch_size: int, mesh: Mesh) -> int:
     """Return the smallest size not below `batch_size` that the devices share evenly."""
     return -(-batch_size // mesh.size) * mesh.size
+
+
+class Agreement:
+    """Let all processes see at the same step what any of them asks for.
+
+    Args:
+        mesh: the devices.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._sharding = batched(mesh)
+        self._highest = jax.jit(lambda asked: asked.max(0), out_shardings=replicated(mesh))
+        self._pending: jax.Array | None = None
+
+    def __call__(self, asked: Sequence[int]) -> list[int]:
+        """Return of each number the highest that any process asked for; of several, at the call before.
+
+        The answer comes one call late, so that no process waits for its devices.
+        """
+        if jax.process_count() == 1:
+            return list(asked)
+        answer, self._pending = self._pending, self._highest(self._everywhere(asked))
+        return [0] * len(asked) if answer is None else np.asarray(answer).tolist()
+
+    def _everywhere(self, asked: Sequence[int]) -> jax.Array:
+        rows = np.tile(np.array(asked, np.int32), (jax.local_device_count(), 1))
+        return jax.make_array_from_process_local_data(self._sharding, rows)
 
 
 def put_batches(batches: Iterable[Any], mesh: Mesh) -> Iterator[Any]:

@@ -1,13 +1,16 @@
 """One training run: from a config to a folder of checkpoints, metrics and a picture."""
 
+import fcntl
 import functools
 import json
+import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 from flax import nnx
@@ -16,30 +19,51 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tat_jax import distill, fields, report, sharding
-from tat_jax.checkpoint import RunCheckpoints
+from tat_jax.checkpoint import Restored, RunCheckpoints
 from tat_jax.data.pipeline import Pipeline, open_pipeline
 from tat_jax.distill import Batch, Task, TrainState
-from tat_jax.evaluate import evaluate
+from tat_jax.evaluate import Stopped, evaluate
 from tat_jax.metrics import MetricWriter, Row, StepLog, progress, read_rows
 from tat_jax.networks import BuiltNetwork
 from tat_jax.task import prepare
 
-# Fields in which two runs of one folder may differ; any other makes it another training.
+# Fields with which a run may go on otherwise than it began. With another of the others what is saved would
+# have no meaning: other arrays, another order of the images.
 _MAY_CHANGE = {
     "epochs",
+    "eval_every",
     "log_every",
     "checkpoint_minutes",
     "steps_left_out",
+    "loss.alpha",
+    "loss.beta",
+    "loss.temperature",
+    "optimizer.learning_rate",
+    "optimizer.weight_decay",
+    "optimizer.momentum",
+    "optimizer.milestones",
+    "optimizer.gamma",
     "data.root",
     "data.threads",
     "data.skip_broken",
+    "data.crop_scale",
+    "data.crop_ratio",
+    "data.flip",
 }
 # On a CPU, XLA's YNNPACK convolutions take a third more time for a step than its others; its reductions less.
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
 class Interrupted(Exception):
-    """Training was asked to stop, and what it had done is saved."""
+    """Training was asked to stop, and what it had done is saved.
+
+    Attributes:
+        signal: what asked, as in `signal.SIGTERM`.
+    """
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.signal = number
 
 
 def run(
@@ -67,7 +91,8 @@ def run(
 
     Raises:
         FileNotFoundError: data or weights are missing.
-        ValueError: the config is no training, or not that of `folder`.
+        ValueError: the config is no training, or not that of `folder`, or another run is at work there.
+        OSError: the folder cannot be written.
         FloatingPointError: a loss term or the gradient is not finite, more often than `steps_left_out`.
         Interrupted: SIGINT or SIGTERM came.
     """
@@ -86,16 +111,23 @@ def run(
         student=student,
         teacher=teacher,
     )
-    _keep_config(config, folder)
+    changes = _changes(config, folder)
     step_fn = jit_train_step(task, mesh)
     show = jax.process_index() == 0
 
-    with RunCheckpoints(folder) as checkpoints, _stop_requests() as stop_requested:
-        state, position = checkpoints.restore(state) or (state, {"epoch": 0, "batch": 0})
-        step = int(state.step)
+    with _only_run(folder), RunCheckpoints(folder) as checkpoints, _StopSignals() as signals:
+        restored = checkpoints.restore(state)
+        position: dict[str, Any] = restored.position if restored else {"images": images, "evaluated": True}
+        if position["images"] != images:
+            raise ValueError(
+                f"{folder} was trained on {position['images']:,} images, and data.root holds {images:,} now"
+            )
+        state = restored.state if restored else state
+        step, evaluated = int(state.step), position["evaluated"]
+        _write_config(config, folder, step, changed=bool(changes))
         if show:
-            print(_summary(folder, network, task, train_data, eval_data, mesh, step), flush=True)
-        done = position["epoch"] * images + position["batch"] * config.batch_size
+            print(_summary(folder, network, task, train_data, eval_data, mesh, restored, changes), flush=True)
+        done = step // steps * images + step % steps * config.batch_size
         with (
             progress(config.epochs * images, initial=done, description=folder.name, show=show) as bar,
             MetricWriter(folder, step, active=show) as writer,
@@ -106,52 +138,78 @@ def run(
                 config.log_every,
                 describe=functools.partial(_describe, train_data, checkpoints, folder),
                 leave_out=config.steps_left_out,
-                left_out=position.get("left_out", 0),
+                position=position.get("log"),
             )
-            saved = time.monotonic()
-            for epoch in range(position["epoch"], config.epochs):
-                start = position["batch"] if epoch == position["epoch"] else 0
-                for batch in sharding.put_batches(train_data.epoch(epoch, start_step=start), mesh):
+            agreement = sharding.Agreement(mesh)
+            saved_step, saved_at = step, time.monotonic()
+
+            def wishes() -> list[int]:
+                """Return the signal that any process received, and whether any finds a checkpoint overdue."""
+                overdue = time.monotonic() - saved_at > 60 * config.checkpoint_minutes
+                return agreement((signals.received, overdue))
+
+            def save(metrics: dict[str, float] | None = None) -> None:
+                nonlocal saved_step, saved_at
+                log.flush()
+                if step != saved_step or metrics:
+                    writer.sync()
+                    _check_is_there(folder)
+                    where = {"epoch": step // steps, "batch": step % steps, "images": images}
+                    checkpoints.save(
+                        state,
+                        arguments=network.arguments,
+                        position=where | {"evaluated": evaluated, "log": log.position},
+                        metrics=metrics,
+                    )
+                saved_step, saved_at = step, time.monotonic()
+
+            while step < last_step or not evaluated:
+                epoch, batch_index = divmod(step, steps)
+                batches = train_data.epoch(epoch, start_step=batch_index) if evaluated else iter(())
+                for batch in sharding.put_batches(batches, mesh):
                     with jax.transfer_guard("disallow"):  # all that a step needs is on the devices
                         state, metrics = step_fn(state, teacher_state, Batch(**batch))
+                    signals.listen()
                     log.add(
                         metrics,
                         step,
                         images=min(config.batch_size, images - step % steps * config.batch_size),
                     )
                     step += 1
-                    evaluation = None
-                    if step == last_step or step % (steps * config.eval_every) == 0:
-                        log.flush()
-                        accuracy = evaluate(*_network(task, state), eval_data, mesh, show=show)
-                        evaluation = {"top1": accuracy.top1, "top5": accuracy.top5}
-                        row = {f"eval/{name}": value for name, value in evaluation.items()}
-                        writer.write(step, row | {"epoch": epoch + 1, "skipped": len(train_data.skipped)})
-                        bar.write(f"{folder.name}: epoch {epoch + 1}/{config.epochs}  {accuracy}")
-                        if train_data.skipped:
-                            bar.write(f"  {len(train_data.skipped)} unreadable training images skipped")
-                    stopping = stop_requested()
-                    overdue = time.monotonic() - saved > 60 * config.checkpoint_minutes
-                    if evaluation or stopping or overdue:
-                        log.flush()
-                        position = {
-                            "seed": config.seed,
-                            "epoch": step // steps,
-                            "batch": step % steps,
-                            "left_out": log.left_out,
-                        }
-                        checkpoints.save(
-                            state, arguments=network.arguments, data=position, metrics=evaluation
+                    evaluated = step < last_step and step % (steps * config.eval_every) > 0
+                    stop, overdue = wishes()
+                    if stop or (overdue and evaluated):
+                        save()
+                    if stop:
+                        raise Interrupted(f"stopped at step {step} of {last_step}", stop)
+                    checkpoints.check()
+                if not evaluated:
+                    log.flush()
+                    try:
+                        accuracy = evaluate(
+                            *_network(task, state),
+                            eval_data,
+                            mesh,
+                            show=show,
+                            stop_signal=lambda: wishes()[0],
                         )
-                        saved = time.monotonic()
-                    if stopping and step < last_step:
-                        raise Interrupted(f"stopped at step {step} of {last_step}")
+                    except Stopped as stopped:
+                        save()
+                        raise Interrupted(f"stopped at step {step} of {last_step}", *stopped.args) from None
+                    evaluated = True
+                    row: Row = {"eval/top1": accuracy.top1, "eval/top5": accuracy.top5}
+                    writer.write(step, row | {"epoch": step // steps, "skipped": len(train_data.skipped)})
+                    bar.write(f"{folder.name}: epoch {step // steps}/{config.epochs}  {accuracy}")
+                    if train_data.skipped:
+                        bar.write(f"  {len(train_data.skipped)} unreadable training images skipped")
+                    save({"top1": accuracy.top1, "top5": accuracy.top5})
 
     rows = read_rows(folder)
     if show:
         report.plot_run(rows, folder / "curves.png")
-    evaluated = [row for row in rows if "eval/top1" in row]
-    return {"last": evaluated[-1], "best": max(evaluated, key=lambda row: (row["eval/top1"], row["step"]))}
+    evaluated_rows = [row for row in rows if "eval/top1" in row]
+    best = max(evaluated_rows, key=lambda row: (row["eval/top1"], row["step"]))
+    return {"last": evaluated_rows[-1], "best": best}
 
 
 def jit_train_step(task: Task, mesh: Mesh) -> jax.stages.Wrapped:
@@ -184,51 +242,111 @@ def _describe(data: Pipeline, checkpoints: RunCheckpoints, folder: Path, step: i
     )
 
 
+class _StopSignals:
+    """SIGINT and SIGTERM: the first is noted for the loop to see, the second acts as always.
+
+    Attributes:
+        received: the number of the first, 0 before.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def listen(self) -> None:
+        """Note signals from now on; while the first step is compiled they act as always: nothing is lost."""
+        if not self._before:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received = number
+        self._restore()
+        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may be at work already
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
 @contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a request that the loop sees; the second acts as always."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    received = []
-
-    def note(number: int, frame: Any) -> None:
-        received.append(number)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        print("\nstopping after this step; once more stops at once", flush=True)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _keep_config(config: ConfigDict, folder: Path) -> None:
-    """Write the config into the run's folder, or check that it is the one that lies there.
+def _only_run(folder: Path) -> Iterator[None]:
+    """Make the run's folder, and keep other runs out of it.
 
     Raises:
-        ValueError: the folder holds another training; every field that differs is named.
+        OSError: it cannot be written.
+        ValueError: another run is at work in it.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise OSError(f"cannot write in {folder}: {error.strerror}; choose another --workdir") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is at work in {folder}; choose another --workdir") from None
+        except OSError:
+            pass  # not every network file system has locks
+        yield
+
+
+def _check_is_there(folder: Path) -> None:
+    """Raise an OSError if a run's folder is not where it was; Orbax would make another without its log."""
+    if jax.process_index() == 0 and not (folder / "config.json").exists():
+        raise OSError(f"{folder} was moved or deleted while its run was at work: nothing more is saved")
+
+
+def _changes(config: ConfigDict, folder: Path) -> list[str]:
+    """Return how the config differs from the one that lies in the run's folder, a line each.
+
+    Raises:
+        ValueError: the run cannot continue with it; every field that hinders is named.
     """
     path = folder / "config.json"
-    new = json.loads(config.to_json())
-    if path.exists():
-        old, now = (flatten_dict(kept, sep=".") for kept in (json.loads(path.read_text()), new))
-        changed = [
-            f"  {name}: {old.get(name)} there, {now.get(name)} now"
-            for name in sorted(old.keys() | now.keys())
-            if old.get(name) != now.get(name) and name not in _MAY_CHANGE
-        ]
-        if changed:
-            raise ValueError(
-                "\n".join([f"{folder} holds a run of another config; choose another --workdir:", *changed])
-            )
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(new, indent=2) + "\n")
-        temporary.replace(path)  # at once, for other processes may be reading
+    if not path.exists():
+        return []
+    try:
+        old = flatten_dict(json.loads(path.read_text()), sep=".")
+    except (ValueError, AttributeError):
+        raise ValueError(
+            f"{path} is damaged; remove it, and the run continues with the config at hand"
+        ) from None
+    now = flatten_dict(json.loads(config.to_json()), sep=".")
+    taken: list[str] = []
+    refused: list[str] = []
+    for name in sorted(old.keys() | now.keys()):
+        before, after = old.get(name), now.get(name)
+        if before != after:
+            embeddings_stay = fnmatch(name, "tat.*.weight") and before and after
+            fits = name in _MAY_CHANGE or embeddings_stay
+            (taken if fits else refused).append(f"{name}: {before} there, {after} now")
+    if refused:
+        head = f"{folder} holds a run of another config; choose another --workdir:"
+        raise ValueError("\n  ".join([head, *refused]))
+    return taken
+
+
+def _write_config(config: ConfigDict, folder: Path, step: int, *, changed: bool) -> None:
+    """Write the config into the run's folder, and keep one with which the run came to `step`."""
+    if jax.process_index() != 0:
+        return
+    path = folder / "config.json"
+    if changed:
+        (folder / f"config_until_step{step}.json").write_text(path.read_text())
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+    temporary.replace(path)  # at once, for other processes may be reading
 
 
 def _summary(
@@ -238,13 +356,16 @@ def _summary(
     train_data: Pipeline,
     eval_data: Pipeline,
     mesh: Mesh,
-    step: int,
+    restored: Restored | None,
+    changes: list[str],
 ) -> str:
     terms = [f"{weight:g}·{name}" for name, weight in task.weights.of_logits().items()]
     terms += [f"{tat.weight:g}·tat({tap}, {tat.heads} heads)" for tap, tat in task.weights.of_taps().items()]
     return "\n".join(
         [
-            f"{folder}: {'continues from step ' + str(step) if step else 'starts'}",
+            f"{folder}: {f'continues from step {int(restored.state.step)}' if restored else 'starts'}",
+            *(f"  damaged  {line}" for line in (restored.set_aside if restored else ())),
+            *(f"  changed  {line}" for line in changes),
             f"  student  {student.arguments.get('architecture', type(student.model).__name__)}"
             f" from {student.origin['source']}, head {student.origin['head']}",
             f"  loss     {' + '.join(terms)}",

@@ -95,14 +95,14 @@ def test_the_rate_follows_the_milestones(uninterrupted):
     assert rates == pytest.approx([1.6e-3] * 3 + [1.6e-4] * 9)
 
 
-def test_the_best_and_the_last_checkpoint_are_kept_and_told(uninterrupted):
+def test_the_best_and_the_last_two_checkpoints_are_kept_and_told(uninterrupted):
     result = run(config_of(epochs=4), uninterrupted)
     evaluated = [row for row in read_rows(uninterrupted) if "eval/top1" in row]
     assert result == {"last": evaluated[-1], "best": max(evaluated[::-1], key=lambda row: row["eval/top1"])}
     assert checkpoint.best(uninterrupted).name == str(result["best"]["step"])
     assert checkpoint.last(uninterrupted).name == "12"
     kept = {path.name for path in (uninterrupted / "checkpoints").iterdir()}
-    assert kept == {"12", str(result["best"]["step"])}
+    assert kept == {"9", "12", str(result["best"]["step"])}
 
 
 def test_a_run_that_was_continued_after_an_epoch_equals_the_uninterrupted_one(tmp_path, uninterrupted):
@@ -208,9 +208,9 @@ def test_a_run_that_was_stopped_anywhere_equals_the_uninterrupted_one(tmp_path, 
 
 def test_another_config_in_the_same_folder_is_refused_field_by_field(uninterrupted):
     config = config_of(epochs=4, batch_size=8)
-    config.optimizer.gamma = 0.5
+    config.optimizer.accumulate = 2
     with pytest.raises(
-        ValueError, match=r"batch_size: 16 there, 8 now\n  optimizer.gamma: 0.1 there, 0.5 now"
+        ValueError, match=r"batch_size: 16 there, 8 now\n  optimizer.accumulate: 1 there, 2 now"
     ):
         run(config, uninterrupted)
 
