@@ -1,5 +1,6 @@
 """Distil a network: `python main.py --config configs/r18_r34.py`; without a config, a demonstration."""
 
+import faulthandler
 import json
 import os
 import signal
@@ -39,22 +40,44 @@ def main(arguments: list[str]) -> None:
     jax.config.update("jax_compilation_cache_dir", str(_CACHE))
     try:
         sharding.start_processes()
+        if jax.process_count() > 1:
+            faulthandler.disable()  # JAX aborts the processes that outlive one, and says so
         if _MODE.value == "eval":
             print(evaluate.run(_run_config(workdir), workdir, _CHECKPOINT.value))
             return
         if "study" in _CONFIG.value:
             print(f"\n{study.run(_CONFIG.value, workdir)}\n")
         else:
-            for which, row in train.run(_CONFIG.value, workdir).items():
-                accuracy = f"top-1 {row['eval/top1']:.2%}  top-5 {row['eval/top5']:.2%}"
-                print(f"{which:4}  epoch {row['epoch']:3}  {accuracy}")
-        print(f"run folder {workdir}, picture {workdir / 'curves.png'}")
+            evaluations = train.run(_CONFIG.value, workdir)
+            if jax.process_index() == 0:
+                for which, row in evaluations.items():
+                    accuracy = f"top-1 {row['eval/top1']:.2%}  top-5 {row['eval/top5']:.2%}"
+                    print(f"{which:4}  epoch {row['epoch']:3}  {accuracy}")
+        if jax.process_index() == 0:
+            print(f"run folder {workdir}, picture {workdir / 'curves.png'}")
     except train.Interrupted as stopped:
         print(f"{stopped}; the same command continues from there", file=sys.stderr)
         sys.exit(128 + stopped.signal)
     except (ValueError, OSError, FloatingPointError) as error:
         logging.debug("in full:", exc_info=error)  # shown with --verbosity=1
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sharding.leave(1)
+    except jax.errors.JaxRuntimeError as error:
+        logging.debug("in full:", exc_info=error)
+        print(f"error: {_of_devices(str(error), jax.process_count())}", file=sys.stderr)
+        sharding.leave(1)
+
+
+def _of_devices(message: str, processes: int) -> str:
+    """Say what an error that JAX met on the devices may come of."""
+    said = message.split("\n")[0]
+    if "RESOURCE_EXHAUSTED" in message:
+        return f"the devices' memory is full: lower --config.batch_size, or use more devices; {said}"
+    if processes > 1:
+        return (
+            f"lost one of the {processes} processes; see what it says, and run the same command again; {said}"
+        )
+    return said
 
 
 def _run_config(workdir: Path) -> ConfigDict:

@@ -252,8 +252,9 @@ class RunCheckpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if "_manager" not in self.__dict__:
-            return
+        lost = isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
+        if lost or "_manager" not in self.__dict__:
+            return  # a process that is gone would be waited for
         try:
             self._manager.close()
         except Exception as failure:  # Orbax raises whatever its storage layers raise.

@@ -1,8 +1,13 @@
 """The devices as one axis, `data`, and the two ways an array lies on them."""
 
+import contextlib
+import functools
 import os
+import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -11,23 +16,52 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 # What starts several processes says so in the environment: SLURM, Open MPI, a TPU pod, or a person.
 _CLUSTER_SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# Seconds after which a process that is not heard of counts as lost, and all others end; and those that an
+# ordinary end waits for the others.
+_join = functools.partial(
+    jax.distributed.initialize, heartbeat_timeout_seconds=40, shutdown_timeout_seconds=60
+)
 
 
 def start_processes() -> None:
     """Join the other processes of this job, where the environment says that there are any.
 
+    A process that waits five minutes in vain is ended by JAX.
+
     Raises:
         ValueError: it says so by hand and not in full.
     """
-    address, count, index = (os.environ.get(name) for name in _BY_HAND)
-    if address or count or index:
-        if not (address and count and index):
-            raise ValueError(f"of {', '.join(_BY_HAND)} either all or none must be set")
-        jax.distributed.initialize(address, int(count), int(index))
-    elif any(int(os.environ.get(name, 1)) > 1 for name in _CLUSTER_SIZES) or "," in os.environ.get(
-        "TPU_WORKER_HOSTNAMES", ""
-    ):
-        jax.distributed.initialize()
+    by_hand = [os.environ.get(name) for name in _BY_HAND]
+    in_cluster = any(int(os.environ.get(name, 1)) > 1 for name in _CLUSTER_SIZES)
+    # A machine with TPUs asks its pod; that of one machine alone, or without any TPU, gives no address.
+    may_be_pod = find_spec("libtpu") is not None or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    if not (any(by_hand) or in_cluster or may_be_pod):
+        return
+    waiting = threading.Timer(
+        15, print, ["waiting for the other processes of this job"], {"file": sys.stderr}
+    )
+    waiting.daemon = True
+    waiting.start()
+    try:
+        if any(by_hand):
+            address, count, index = by_hand
+            if not (address and count and index):
+                raise ValueError(f"of {', '.join(_BY_HAND)} either all or none must be set")
+            _join(address, int(count), int(index))
+        else:
+            with contextlib.suppress(ValueError) if not in_cluster else contextlib.nullcontext():
+                _join()
+    finally:
+        waiting.cancel()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once; where there are others, without waiting for them, so that they end, too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_count() > 1:
+        os._exit(code)
+    sys.exit(code)
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

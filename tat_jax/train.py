@@ -199,9 +199,10 @@ def run(
                     evaluated = True
                     row: Row = {"eval/top1": accuracy.top1, "eval/top5": accuracy.top5}
                     writer.write(step, row | {"epoch": step // steps, "skipped": len(train_data.skipped)})
-                    bar.write(f"{folder.name}: epoch {step // steps}/{config.epochs}  {accuracy}")
-                    if train_data.skipped:
-                        bar.write(f"  {len(train_data.skipped)} unreadable training images skipped")
+                    if show:
+                        bar.write(f"{folder.name}: epoch {step // steps}/{config.epochs}  {accuracy}")
+                        if train_data.skipped:
+                            bar.write(f"  {len(train_data.skipped)} unreadable training images skipped")
                     save({"top1": accuracy.top1, "top5": accuracy.top5})
 
     rows = read_rows(folder)
