@@ -105,5 +105,5 @@ def _parse_flags(arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)  # Orbax reports every step of every save
+    logging.set_verbosity(logging.FATAL)  # Orbax reports every step of every save, and prints what it raises
     app.run(main, flags_parser=_parse_flags)

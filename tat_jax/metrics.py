@@ -1,5 +1,6 @@
 """Measurements on their way out: a JSON line and TensorBoard events per row, and the progress bar."""
 
+import contextlib
 import functools
 import json
 import math
@@ -42,9 +43,15 @@ class MetricWriter:
     @functools.cached_property
     def _events(self) -> Any:
         # Imported with the first row, when devices are at work: it imports PyTorch where that is installed.
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        return SummaryWriter(str(self._folder), purge_step=self._step + 1 if self._step else None)
+        # Not SummaryWriter, whose thread would meet a full disk alone.
+        events = EventsWriter(str(self._folder / "events"))
+        if self._step:  # what was logged after it is void
+            start = SessionLog(status=SessionLog.START)
+            events.write_event(Event(wall_time=time.time(), step=self._step + 1, session_log=start))
+        return events
 
     def __enter__(self) -> Self:
         return self
@@ -54,7 +61,8 @@ class MetricWriter:
     ) -> None:
         if self._active:
             self._lines.close()
-            self._events.close()
+            with contextlib.suppress(OSError):  # of a full disk, which `write` has told
+                self._events.close()
 
     def sync(self) -> None:
         """Wait until what was written lies on the disk, so that no checkpoint has more steps than its log."""
@@ -66,8 +74,15 @@ class MetricWriter:
         if not self._active:
             return
         self._lines.write(json.dumps({"step": step, **row}).encode() + b"\n")
-        for name, value in row.items():
-            self._events.add_scalar(name, value, step)
+        self._write_event(step, row)
+
+    def _write_event(self, step: int, row: Row) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self._events.flush()
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 """One training run: from a config to a folder of checkpoints, metrics and a picture."""
 
+import contextlib
+import errno
 import fcntl
 import functools
 import json
@@ -205,9 +207,9 @@ def run(
                             bar.write(f"  {len(train_data.skipped)} unreadable training images skipped")
                     save({"top1": accuracy.top1, "top5": accuracy.top5})
 
-    rows = read_rows(folder)
-    if show:
-        report.plot_run(rows, folder / "curves.png")
+        rows = read_rows(folder)
+        if show:
+            report.plot_run(rows, folder / "curves.png")
     evaluated_rows = [row for row in rows if "eval/top1" in row]
     best = max(evaluated_rows, key=lambda row: (row["eval/top1"], row["step"]))
     return {"last": evaluated_rows[-1], "best": best}
@@ -281,24 +283,35 @@ def _only_run(folder: Path) -> Iterator[None]:
     """Make the run's folder, and keep other runs out of it.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written, or its disk is full.
         ValueError: another run is at work in it.
     """
-    if jax.process_index() != 0:
-        yield
-        return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
+        with _lock(folder) if jax.process_index() == 0 else contextlib.nullcontext():
+            yield
     except OSError as error:
-        raise OSError(f"cannot write in {folder}: {error.strerror}; choose another --workdir") from error
-    with lock:
+        # What comes of writing to an open file does not name it.
+        is_of_folder = error.filename is None or str(error.filename).startswith(str(folder))
+        is_of_writing = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
+        if not (is_of_folder and is_of_writing):
+            raise
+        raise OSError(
+            f"cannot write in {folder}: {error.strerror}; make room there, and run the same command again, "
+            "or choose another --workdir"
+        ) from error
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another run is at work in {folder}; choose another --workdir") from None
-        except OSError:
-            pass  # not every network file system has locks
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # not every disk has locks
+                raise
         yield
 
 

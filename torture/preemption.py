@@ -32,8 +32,8 @@ def faults(signals: Sequence[int] = SIGNALS * 4, *, epochs: int = 8, seed: int =
                 waits.append(_seconds_to_end(run, number))
                 wrong += _said_wrongly(run, number)
             wrong += [f"{wait:.0f} s" for wait in waits if wait > _GRACE]
-            seconds = f"ended within {max(waits):.1f} s"
-            found.append((f"{signal.Signals(number).name}, run again", len(waits), seconds, wrong))
+            ended = f"ended within {max(waits):.1f} s"
+            found.append((f"{signal.Signals(number).name}, run again", len(waits), ended, wrong))
         run = _at_work(stopped, option)
         run.process.send_signal(signal.SIGINT)
         run.wait_until(lambda: "once more stops at once" in run.output)

@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
+from configs import r18_r34
 from tat_jax import checkpoint
 from tat_jax.metrics import read_rows
 
@@ -18,18 +20,28 @@ ROOT = Path(__file__).parents[1]
 MAIN = ROOT / "main.py"
 STEPS = 5  # an epoch
 # A log row for each step, and a checkpoint within nearly every epoch.
+_CHANGES = {
+    "data.labels_per_class": 8,
+    "data.image_size": 16,
+    "data.eval_resize": 16,
+    "student.small_images": True,
+    "teacher.small_images": True,
+    "student.width": 4,
+    "teacher.width": 4,
+    "checkpoint_minutes": 0.01,
+}
 OPTIONS = (
     f"--config={ROOT}/configs/r18_r34.py:smoke",
-    "--config.data.labels_per_class=8",
-    "--config.data.image_size=16",
-    "--config.data.eval_resize=16",
-    "--config.student.small_images",
-    "--config.teacher.small_images",
-    "--config.student.width=4",
-    "--config.teacher.width=4",
-    "--config.checkpoint_minutes=0.01",
+    *(f"--config.{name}={value}" for name, value in _CHANGES.items()),
 )
 _LIMIT = 300  # seconds after which a run counts as hanging
+
+
+def small_config() -> ConfigDict:
+    """Return the run's config."""
+    config = r18_r34.get_config("smoke")
+    config.update_from_flattened_dict(_CHANGES)
+    return config
 
 
 class Run:
@@ -41,6 +53,7 @@ class Run:
         environment: variables besides this process's.
         prefix: a command that starts it.
         devices: how many are simulated.
+        log: where its output goes; else beside its folder.
     """
 
     def __init__(
@@ -50,9 +63,10 @@ class Run:
         environment: Mapping[str, str] | None = None,
         prefix: tuple[str, ...] = (),
         devices: int = 1,
+        log: Path | None = None,
     ):
         self.folder = folder
-        self._log = folder.with_name(f"{folder.name}_{time.monotonic_ns()}.log")
+        self._log = log or folder.with_name(f"{folder.name}_{time.monotonic_ns()}.log")
         own = {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -62,11 +76,11 @@ class Run:
         }
         command = [*prefix, sys.executable, str(MAIN), *OPTIONS, f"--workdir={folder}", *options]
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("w") as log:
+        with self._log.open("w") as output:
             self.process = subprocess.Popen(
                 command,
                 env={**os.environ, **own, **(environment or {})},
-                stdout=log,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
