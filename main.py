@@ -58,7 +58,9 @@ def main(arguments: list[str]) -> None:
     except train.Interrupted as stopped:
         print(f"{stopped}; the same command continues from there", file=sys.stderr)
         sys.exit(128 + stopped.signal)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except FloatingPointError as error:  # the same in every process
+        sys.exit(f"error: {error}")
+    except (ValueError, OSError) as error:
         logging.debug("in full:", exc_info=error)  # shown with --verbosity=1
         print(f"error: {error}", file=sys.stderr)
         sharding.leave(1)
