@@ -29,6 +29,7 @@ from tat_jax.distill import TrainState
 
 T = TypeVar("T")
 Weights = dict[str, Any]
+_NAMED = 30  # entries in an error
 _STUDENT = "student."  # where the student lies in what is trained
 
 
@@ -83,7 +84,7 @@ def set_weights(model: nnx.Module, weights: Mapping[str, Any], *, source: str) -
 def check_entries(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], *, source: str
 ) -> None:
-    """Raise a ValueError that names every entry of `found` that is missing, extra or of another shape."""
+    """Raise a ValueError that names the entries of `found` that are missing, extra or of another shape."""
     lines = [f"  missing: {name} {expected[name]}" for name in sorted(expected) if name not in found]
     lines += [f"  extra: {name} {found[name]}" for name in sorted(found) if name not in expected]
     lines += [
@@ -92,7 +93,8 @@ def check_entries(
         if name in found and tuple(found[name]) != tuple(expected[name])
     ]
     if lines:
-        raise ValueError("\n".join([f"{source} does not hold this network:", *lines]))
+        more = [f"  and {len(lines) - _NAMED} more"] if len(lines) > _NAMED else []
+        raise ValueError("\n".join([f"{source} does not hold this network:", *lines[:_NAMED], *more]))
 
 
 def save_network(folder: Path, network: Network) -> None:

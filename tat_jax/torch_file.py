@@ -1,13 +1,14 @@
 """Read PyTorch's and safetensors' weight files as NumPy arrays, without PyTorch and without running code.
 
 A `.pth` file is a pickle that refers to raw storages, in a zip archive or, before PyTorch 1.6, in one stream.
-It is read here as `torch.load(..., weights_only=True)` does: only what a dictionary of tensors is made of may
-be named in it, and every size is checked against the bytes that are there.
+It is read here as `torch.load(..., weights_only=True)` does: its instructions are carried out one by one,
+those alone that a dictionary of tensors is made of, and every size is checked against the bytes that are
+there. So a file takes no more memory than a few times its size, whatever it says.
 """
 
 import io
 import math
-import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -19,6 +20,7 @@ import safetensors
 
 Entries = dict[str, np.ndarray]
 
+_MAX_AXES = 32
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _STORAGES = {
@@ -90,6 +92,8 @@ class _Tensor(NamedTuple):
             raise _RefusedError(f"a storage of {storage.size} elements has {len(storage.bytes)} bytes")
         if not all(type(n) is int and n >= 0 for n in (self.offset, *self.shape, *self.strides)):
             raise _RefusedError("a tensor has a negative size, stride or offset")
+        if len(self.shape) > _MAX_AXES:
+            raise _RefusedError(f"a tensor has {len(self.shape)} axes")
         steps = zip(self.shape, self.strides, strict=True)
         last = self.offset + sum((size - 1) * stride for size, stride in steps)
         count = int(math.prod(self.shape))
@@ -97,42 +101,128 @@ class _Tensor(NamedTuple):
             raise _RefusedError(f"a tensor of shape {self.shape} reaches beyond its {storage.size} elements")
         flat = np.frombuffer(storage.bytes, storage.dtype)[self.offset :]
         strides = [stride * storage.dtype.itemsize for stride in self.strides]
-        return np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False).copy()
+        # No copy: any number of tensors may share a storage.
+        return np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False)
 
 
-class _WeightsOnlyUnpickler(pickle.Unpickler):
-    """Unpickle dictionaries of tensors and nothing else."""
+class _Unpickled(NamedTuple):
+    """What a pickle says, and the storages it refers to by key."""
 
-    def __init__(self, file: BinaryIO):
-        super().__init__(file)
-        self.storages: dict[str, _Storage] = {}
+    root: Any
+    storages: dict[str, _Storage]
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return _rebuild_parameter
-        raise _RefusedError(f"refused, because a weight file has no need of {module}.{name}")
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _, size, *view = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype) or any(view):
-            raise _RefusedError(f"refused, because it refers to {pid!r}")
-        return self.storages.setdefault(key, _Storage(dtype, size))
+def _unpickle(file: BinaryIO) -> _Unpickled:
+    """Carry out a pickle's instructions, if they make dictionaries of tensors and nothing else."""
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+    storages: dict[str, _Storage] = {}
+
+    def pop_from(start: int) -> list[Any]:
+        popped = stack[start:]
+        del stack[start:]
+        return popped
+
+    argument: Any
+    for opcode, argument, _ in pickletools.genops(file):
+        match opcode.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
+                stack.append(argument)
+            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINSTRING" | "SHORT_BINSTRING":
+                stack.append(argument)
+            case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
+                stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[opcode.name]())
+            case "MARK":
+                marks.append(len(stack))
+            case "TUPLE":
+                stack.append(tuple(pop_from(marks.pop())))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(pop_from(len(stack) - int(opcode.name[-1]))))
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "APPEND" | "APPENDS":
+                items = pop_from(marks.pop() if opcode.name == "APPENDS" else len(stack) - 1)
+                _expect(stack[-1], list).extend(items)
+            case "SETITEM" | "SETITEMS":
+                items = pop_from(marks.pop() if opcode.name == "SETITEMS" else len(stack) - 2)
+                for key, value in zip(items[::2], items[1::2], strict=True):
+                    _expect(stack[-1], dict)[_expect(key, str | int)] = value
+            case "GLOBAL" | "STACK_GLOBAL":
+                names = argument.split(" ", 1) if opcode.name == "GLOBAL" else pop_from(len(stack) - 2)
+                stack.append(_named(*(_expect(name, str) for name in names)))
+            case "REDUCE":
+                function, arguments = pop_from(len(stack) - 2)
+                stack.append(_call(function, _expect(arguments, tuple)))
+            case "BUILD":  # gives a state dict the versions of its modules, which mean nothing here
+                stack.pop()
+                _expect(stack[-1], OrderedDict)
+            case "BINPERSID":
+                stack.append(_storage(storages, *_expect(stack.pop(), tuple)))
+            case "STOP":
+                return _Unpickled(stack.pop(), storages)
+            case name:
+                raise _RefusedError(f"refused, because a weight file has no need of the instruction {name}")
+    raise _RefusedError("it ends within its pickle")
+
+
+def _expect(value: Any, kind: Any) -> Any:
+    if not isinstance(value, kind):
+        raise _RefusedError(f"refused, because it has a {type(value).__name__} where no weight file has one")
+    return value
+
+
+def _named(module: str, name: str) -> Any:
+    """Return what stands for the function, class or storage type of that name."""
+    if module == "torch" and name in _STORAGES:
+        return _STORAGES[name]
+    if (module, name) in _FUNCTIONS:
+        return _FUNCTIONS[module, name]
+    raise _RefusedError(f"refused, because a weight file has no need of {module[:80]}.{name[:80]}")
+
+
+def _call(function: Any, arguments: tuple[Any, ...]) -> Any:
+    if not any(function is known for known in _FUNCTIONS.values()):
+        raise _RefusedError(f"refused, because it calls a {type(function).__name__}")
+    return function(*arguments)
+
+
+def _storage(
+    storages: dict[str, _Storage], kind: str, dtype: np.dtype, key: str, place: str, size: int, *view: Any
+) -> _Storage:
+    """Return the storage that a persistent id refers to."""
+    if kind != "storage" or not isinstance(dtype, np.dtype) or any(view):
+        raise _RefusedError("refused, because it refers to something else than a storage")
+    return storages.setdefault(_expect(key, str), _Storage(dtype, _expect(size, int)))
+
+
+def _ordered_dict(pairs: Any = ()) -> OrderedDict:
+    return OrderedDict((_expect(key, str | int), value) for key, value in pairs)
 
 
 def _rebuild_tensor(
     storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
 ) -> _Tensor:
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+    return _Tensor(_expect(storage, _Storage), offset, _expect(shape, tuple), _expect(strides, tuple))
 
 
 def _rebuild_parameter(tensor: _Tensor, *_: Any) -> _Tensor:
-    return tensor
+    return _expect(tensor, _Tensor)
+
+
+_FUNCTIONS = {
+    ("collections", "OrderedDict"): _ordered_dict,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+}
 
 
 def _read_pth(path: Path) -> Any:
@@ -148,28 +238,28 @@ def _read_archive(file: BinaryIO) -> Any:
             # PyTorch never compresses; a compressed member can unpack to any size.
             if member.compress_type != zipfile.ZIP_STORED or member.file_size > length:
                 raise _RefusedError(f"refused, because its member {member.filename} is compressed")
+        if sum(member.file_size for member in members.values()) > length:
+            raise _RefusedError("refused, because its members overlap")
         (pickled,) = (name for name in members if name.endswith("/data.pkl") and name.count("/") == 1)
         folder = pickled.removesuffix("/data.pkl")
         if f"{folder}/byteorder" in members and archive.read(f"{folder}/byteorder") != b"little":
             raise _RefusedError("its numbers are not little-endian")
-        unpickler = _WeightsOnlyUnpickler(io.BytesIO(archive.read(pickled)))
-        root = unpickler.load()
-        for key, storage in unpickler.storages.items():
+        root, storages = _unpickle(io.BytesIO(archive.read(pickled)))
+        for key, storage in storages.items():
             storage.bytes = archive.read(f"{folder}/data/{key}")
     return root
 
 
 def _read_legacy(file: BinaryIO) -> Any:
     file.seek(0)
-    if [_WeightsOnlyUnpickler(file).load() for _ in range(2)] != [_LEGACY_MAGIC, _LEGACY_PROTOCOL]:
+    file = io.BytesIO(file.read())  # of which nobody can ask more than there is
+    if [_unpickle(file).root for _ in range(2)] != [_LEGACY_MAGIC, _LEGACY_PROTOCOL]:
         raise _RefusedError("it does not begin as a PyTorch file")
-    system = _WeightsOnlyUnpickler(file).load()
-    if not system["little_endian"]:
+    if not _unpickle(file).root["little_endian"]:
         raise _RefusedError("its numbers are not little-endian")
-    unpickler = _WeightsOnlyUnpickler(file)
-    root = unpickler.load()
-    for key in _WeightsOnlyUnpickler(file).load():
-        storage = unpickler.storages[key]
+    root, storages = _unpickle(file)
+    for key in _unpickle(file).root:
+        storage = storages[key]
         if int.from_bytes(file.read(8), "little") != storage.size:
             raise _RefusedError(f"its storage {key} is not of the size it claims")
         storage.bytes = file.read(storage.size * storage.dtype.itemsize)
