@@ -15,6 +15,8 @@ from PIL import Image
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 # 268 MB as RGB: where Pillow begins to suspect a decompression bomb.
 _MAX_PIXELS = 89_478_485
+# Each scan of a JPEG passes over all its blocks; encoders write ten, a file made to hurt any number.
+_MAX_SCANS = 100
 # As wide as what it shrinks: antialias.
 _BILINEAR = ResizeOptions(resize_alg=ResizeAlg.convolution(FilterType.bilinear))
 
@@ -39,10 +41,13 @@ def decode(
             time than its resize.
 
     Raises:
-        DecodeError: the bytes are no image, are cut short, or claim more than 89 million pixels.
+        DecodeError: the bytes are no image, are cut short, claim more than 89 million pixels, or have more
+            than a hundred scans.
     """
     if not image:
         raise DecodeError(f"{name}: the file is empty")
+    if image.startswith(b"\xff\xd8") and image.count(b"\xff\xda") > _MAX_SCANS:
+        raise DecodeError(f"{name}: more than {_MAX_SCANS} scans")
     # Faster than Pillow, and the same pixels. What it refuses, or would warn of, is Pillow's to judge.
     with contextlib.suppress(ValueError):
         height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
