@@ -1,4 +1,4 @@
-# make demo | make test | make fidelity | make bench | make imagenet TARS=folder | make clean
+# make demo | make test | make fidelity | make bench | make torture | make imagenet TARS=folder | make clean
 PYTHON ?= python3
 # cuda12 where an NVIDIA driver answers, else cpu; `make demo ACCELERATOR=tpu` on a TPU.
 ACCELERATOR ?= $(shell nvidia-smi >/dev/null 2>&1 && echo cuda12 || echo cpu)
@@ -7,7 +7,7 @@ DATA ?= data/imagenet
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test fidelity bench imagenet clean
+.PHONY: demo test fidelity bench torture imagenet clean
 
 demo: $(VENV)/installed-$(ACCELERATOR)
 	$(BIN)/python main.py
@@ -32,6 +32,11 @@ bench: $(VENV)/installed-$(ACCELERATOR)-bench
 	$(BIN)/python -m bench.loop --json runs/bench/loop.json
 	$(BIN)/python -m bench.start --json runs/bench/start.json
 	$(BIN)/python -m bench.growth --input runs/bench/input.json --json runs/bench/growth.json --plot docs/growth.png
+
+# Kill, fill the disk, hand over hostile files …, and say what survives, two hours long. PARTS: some of kill,
+# preemption, elastic, processes, disk, strangers, endurance.
+torture: $(VENV)/installed-$(ACCELERATOR)-test
+	$(BIN)/python -m torture $(if $(PHOTOS),--photos $(PHOTOS)) $(PARTS)
 
 # Pack ImageNet once as tfds reads it: TARS holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
 imagenet: $(VENV)/installed-$(ACCELERATOR)-prepare

@@ -12,10 +12,9 @@ import jax
 from fidelity import beside_pytorch, collectives, counts, ddp, devices, pixels, trajectories, weights
 from fidelity.claim import Claim, table
 from fidelity.photographs import photographs
-from fidelity.report import versions
+from fidelity.report import versions, write_between
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "fidelity.md"
-_BEGIN, _END = "<!-- written by make fidelity: begin -->", "<!-- written by make fidelity: end -->"
 
 
 def main() -> None:
@@ -56,16 +55,10 @@ def main() -> None:
     minutes = (time.monotonic() - began) / 60
     text.append(f"Measured on {datetime.now(UTC):%Y-%m-%d} in {minutes:.0f} minutes with {versions()}.\n")
     print(text[-1])
-    _write("\n".join(text))
+    write_between(DOCUMENT, "written by make fidelity", "\n".join(text).strip())
+    print(f"written to {DOCUMENT}")
     if broken:
         sys.exit(f"{len(broken)} broken:\n{table(broken)}")
-
-
-def _write(measured: str) -> None:
-    before, _, rest = DOCUMENT.read_text().partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    DOCUMENT.write_text(f"{before}{_BEGIN}\n\n{measured}\n{_END}{after}")
-    print(f"written to {DOCUMENT}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,5 @@
-"""A long run: its resident memory, its open files and its speed from the beginning to the end.
+"""A long run: its resident memory, its open files and its speed from the beginning to the end."""
 
-`python -m torture.endurance [--minutes 60] [--plot FILE]`.
-"""
-
-import argparse
 import os
 import signal
 import tempfile
@@ -16,7 +12,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from tat_jax.metrics import read_rows
-from torture.fault import Fault, table
+from torture.fault import Fault
 from torture.small_run import Run
 
 # All of the embedded digits, with evaluations and checkpoints often enough to show what they leave behind.
@@ -72,7 +68,14 @@ def _resident(process: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def faults(recorded: Record) -> list[Fault]:
+def faults(minutes: float, *, plot: Path) -> list[Fault]:
+    """Train for so many minutes, draw the record, and compare its end with its beginning."""
+    recorded = record(minutes)
+    draw(recorded, plot)
+    return changes(recorded)
+
+
+def changes(recorded: Record) -> list[Fault]:
     """Return whether memory, files and speed of the end are those of the beginning."""
     minutes = recorded.seconds[-1] / 60
     found = []
@@ -86,7 +89,7 @@ def faults(recorded: Record) -> list[Fault]:
     return found
 
 
-def plot(recorded: Record, path: Path) -> None:
+def draw(recorded: Record, path: Path) -> None:
     """Draw memory, files and speed over the time."""
     figure = Figure(figsize=(13, 3.5), layout="constrained")
     minutes = recorded.seconds / 60
@@ -102,21 +105,3 @@ def plot(recorded: Record, path: Path) -> None:
         axes.set(xlabel="minutes", title=label, ylim=(0, None))
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-
-
-def main() -> None:
-    """Train as long as the command line says, print the table, and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw into this file")
-    options = parser.parse_args()
-    recorded = record(options.minutes)
-    print(table(faults(recorded)))
-    if options.plot:
-        plot(recorded, options.plot)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,5 @@
-"""Files from strangers: weights and images made to hurt, and both changed at random.
+"""Files from strangers: weights and images made to hurt, and both changed at random."""
 
-`python -m torture.strangers [--minutes 10] [--photos FOLDER]` changes photographs, then weight files, for so
-long each.
-"""
-
-import argparse
 import copy
 import io
 import json
@@ -35,7 +30,7 @@ from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.sources import open_source
 from tat_jax.data.transforms import DecodeError, decode
 from tat_jax.torch_file import read_entries
-from torture.fault import Fault, table
+from torture.fault import Fault
 
 Files = dict[str, bytes]  # by name
 SECONDS, MIB = 10.0, 1000.0  # that one file may take, and memory above what its reader has at its start
@@ -532,20 +527,3 @@ def faults(photos: Path | None, minutes: float, *, keep: Path) -> list[Fault]:
         fuzz_images(jpegs, 60 * minutes, keep=keep),
         fuzz_weights(60 * minutes, keep=keep),
     ]
-
-
-def main() -> None:
-    """Read what the command line says, and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument(
-        "--photos", type=Path, help="a folder of JPEG files; else pieces of scikit-learn's two"
-    )
-    options = parser.parse_args()
-    print(table(faults(options.photos, options.minutes, keep=Path.cwd())))
-
-
-if __name__ == "__main__":
-    main()
