@@ -19,7 +19,12 @@ _CONFIG = config_flags.DEFINE_config_file(
     "The experiment, as in configs/r18_r34.py; :smoke after it is its miniature. By default a demonstration.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; runs/<name of the config> if not given.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate a network.")
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "eval", "check"],
+    "Train; evaluate a network; or look at all that a training needs, before it costs anything.",
+)
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "best", "What --mode eval evaluates: best or last of the run, or a folder of weights."
 )
@@ -34,7 +39,7 @@ def main(arguments: list[str]) -> None:
 
     import jax  # this and all below after the flags, so that --help answers at once
 
-    from tat_jax import evaluate, sharding, study, train
+    from tat_jax import check, evaluate, sharding, study, train
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # leave at once; a training catches the first
     jax.config.update("jax_compilation_cache_dir", str(_CACHE))
@@ -44,6 +49,10 @@ def main(arguments: list[str]) -> None:
             faulthandler.disable()  # JAX aborts the processes that outlive one, and says so
         if _MODE.value == "eval":
             print(evaluate.run(_run_config(workdir), workdir, _CHECKPOINT.value))
+            return
+        if _MODE.value == "check":
+            if not check.run(_CONFIG.value, workdir):
+                sys.exit(1)
             return
         if "study" in _CONFIG.value:
             print(f"\n{study.run(_CONFIG.value, workdir)}\n")

@@ -308,8 +308,8 @@ class RunCheckpoints:
             raise self._not_saved(failure) from failure
 
     def _not_saved(self, failure: Exception) -> OSError:
-        steps = _steps(self._run)
-        kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "there is none before it"
+        whole = steps(self._run)
+        kept = f"the checkpoint of step {whole[-1]} is kept" if whole else "there is none before it"
         return OSError(
             f"cannot save a checkpoint in {_checkpoints(self._run)}: {_reason(failure)}; {kept}. "
             "Where the disk is full, make room, and run the same command again"
@@ -318,7 +318,7 @@ class RunCheckpoints:
     def latest_step(self) -> int | None:
         """Wait for what is being written, and return the step of the newest checkpoint, if there is one."""
         self._manager.wait_until_finished()
-        return max(_steps(self._run), default=None)
+        return max(steps(self._run), default=None)
 
     def restore(self, like: TrainState) -> Restored | None:
         """Return the latest state that can be read, or None if nothing is saved.
@@ -333,7 +333,7 @@ class RunCheckpoints:
         """
         wrong: dict[int, str] = {}
         found = None
-        for step in reversed(_steps(self._run)):
+        for step in reversed(steps(self._run)):
             folder = _checkpoints(self._run) / str(step)
             _, reason = _try_to_read(_read_evaluation, folder)
             if not reason and found is None:
@@ -432,17 +432,17 @@ def _checkpoints(run: Path) -> Path:
     return Path(run) / "checkpoints"
 
 
-def _steps(run: Path) -> list[int]:
+def steps(run: Path) -> list[int]:
     """Return the steps of the checkpoints that are whole, rising; others have longer names until they are."""
     folder = _checkpoints(run)
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
 def _existing(run: Path) -> list[int]:
-    steps = _steps(run)
-    if not steps:
+    found = steps(run)
+    if not found:
         raise FileNotFoundError(f"no checkpoint in {run}: train one with main.py --workdir {run}")
-    return steps
+    return found
 
 
 def _top1(metrics: dict[str, float]) -> float:

@@ -21,15 +21,14 @@ def run(config: ConfigDict, folder: str | Path) -> str:
             from the rest of the config.
         folder: holds `teacher/`, `<variant>/seed<n>/` and `curves.png` afterwards.
     """
-    folder = Path(folder)
-    study = config.study.to_dict()
-    for changes in (study["teacher"], *study["students"].values()):
-        fields.check(_variant(config, changes))
-    teacher = train.run(_variant(config, study["teacher"]), folder / "teacher")["last"]["eval/top1"]
-    runs = {name: [folder / name / f"seed{seed}" for seed in study["seeds"]] for name in study["students"]}
-    for name, changes in study["students"].items():
-        for seed, run_folder in zip(study["seeds"], runs[name], strict=True):
-            variant = _variant(config, changes)
+    folder, seeds = Path(folder), config.study.seeds
+    of_teacher, of_students = variants(config)
+    for variant in (of_teacher, *of_students.values()):
+        fields.check(variant)
+    teacher = train.run(of_teacher, folder / "teacher")["last"]["eval/top1"]
+    runs = {name: [folder / name / f"seed{seed}" for seed in seeds] for name in of_students}
+    for name, variant in of_students.items():
+        for seed, run_folder in zip(seeds, runs[name], strict=True):
             variant.seed = seed
             variant.teacher.weights = str(folder / "teacher")
             train.run(variant, run_folder)
@@ -40,6 +39,13 @@ def run(config: ConfigDict, folder: str | Path) -> str:
         for name, seeds in rows.items()
     }
     return _table(teacher, accuracies)
+
+
+def variants(config: ConfigDict) -> tuple[ConfigDict, dict[str, ConfigDict]]:
+    """Return the teacher's config and those of its students by name."""
+    study = config.study.to_dict()
+    students = {name: _variant(config, changes) for name, changes in study["students"].items()}
+    return _variant(config, study["teacher"]), students
 
 
 def _variant(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:

@@ -56,12 +56,7 @@ def prepare(
     group = config.bn_group
     if group and config.batch_size > group and config.batch_size % group:
         raise ValueError(f"bn_group={group} does not divide batch_size={config.batch_size}")
-    weights = LossWeights(
-        alpha=config.loss.alpha,
-        beta=config.loss.beta,
-        temperature=config.loss.temperature,
-        tat={tap: TatWeight(**tat.to_dict()) for tap, tat in config.tat.items()},
-    )
+    weights = loss_weights(config)
     learner = _own(student) or networks.student(
         config.student,
         num_classes=num_classes,
@@ -95,6 +90,16 @@ def prepare(
     return Prepared(task, state, teacher_state, learner)
 
 
+def loss_weights(config: ConfigDict) -> LossWeights:
+    """Return what the loss of a config is made of."""
+    return LossWeights(
+        alpha=config.loss.alpha,
+        beta=config.loss.beta,
+        temperature=config.loss.temperature,
+        tat={tap: TatWeight(**tat.to_dict()) for tap, tat in config.tat.items()},
+    )
+
+
 def _own(model: nnx.Module | None) -> BuiltNetwork | None:
     if model is None:
         return None
@@ -120,7 +125,7 @@ def _embeddings(
 ) -> dict[str, TargetAwareTransformer]:
     """Return the embeddings of every TaT term, made for the shapes of its taps."""
     size = config.data.image_size
-    shapes = {"student": _tap_shapes(student, size), "teacher": _tap_shapes(teacher, size)}
+    shapes = {"student": tap_shapes(student, size), "teacher": tap_shapes(teacher, size)}
     embeddings = {}
     for i, (tap, tat) in enumerate(weights.of_taps().items()):
         for network, taps in shapes.items():
@@ -149,7 +154,7 @@ def _embeddings(
     return embeddings
 
 
-def _tap_shapes(model: nnx.Module, image_size: int) -> dict[str, tuple[int, ...]]:
+def tap_shapes(model: nnx.Module, image_size: int) -> dict[str, tuple[int, ...]]:
     """Return [height, width, channels] of every tap of a model, without computing it."""
     graph, state = nnx.split(model)
     image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)

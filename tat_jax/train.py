@@ -113,7 +113,7 @@ def run(
         student=student,
         teacher=teacher,
     )
-    changes = _changes(config, folder)
+    differences = changes(config, folder)
     step_fn = jit_train_step(task, mesh)
     show = jax.process_index() == 0
 
@@ -126,9 +126,12 @@ def run(
             )
         state = restored.state if restored else state
         step, evaluated = int(state.step), position["evaluated"]
-        _write_config(config, folder, step, changed=bool(changes))
+        _write_config(config, folder, step, changed=bool(differences))
         if show:
-            print(_summary(folder, network, task, train_data, eval_data, mesh, restored, changes), flush=True)
+            print(
+                _summary(folder, network, task, train_data, eval_data, mesh, restored, differences),
+                flush=True,
+            )
         done = step // steps * images + step % steps * config.batch_size
         with (
             progress(config.epochs * images, initial=done, description=folder.name, show=show) as bar,
@@ -321,7 +324,7 @@ def _check_is_there(folder: Path) -> None:
         raise OSError(f"{folder} was moved or deleted while its run was at work: nothing more is saved")
 
 
-def _changes(config: ConfigDict, folder: Path) -> list[str]:
+def changes(config: ConfigDict, folder: Path) -> list[str]:
     """Return how the config differs from the one that lies in the run's folder, a line each.
 
     Raises:
@@ -371,7 +374,7 @@ def _summary(
     eval_data: Pipeline,
     mesh: Mesh,
     restored: Restored | None,
-    changes: list[str],
+    differences: list[str],
 ) -> str:
     terms = [f"{weight:g}·{name}" for name, weight in task.weights.of_logits().items()]
     terms += [f"{tat.weight:g}·tat({tap}, {tat.heads} heads)" for tap, tat in task.weights.of_taps().items()]
@@ -379,7 +382,7 @@ def _summary(
         [
             f"{folder}: {f'continues from step {int(restored.state.step)}' if restored else 'starts'}",
             *(f"  damaged  {line}" for line in (restored.set_aside if restored else ())),
-            *(f"  changed  {line}" for line in changes),
+            *(f"  changed  {line}" for line in differences),
             f"  student  {student.arguments.get('architecture', type(student.model).__name__)}"
             f" from {student.origin['source']}, head {student.origin['head']}",
             f"  loss     {' + '.join(terms)}",
