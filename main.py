@@ -23,7 +23,7 @@ _MODE = flags.DEFINE_enum(
     "mode",
     "train",
     ["train", "eval", "check"],
-    "Train; evaluate a network; or look at all that a training needs, before it costs anything.",
+    "Train, evaluate a network, or check all that a training needs.",
 )
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "best", "What --mode eval evaluates: best or last of the run, or a folder of weights."
@@ -51,9 +51,7 @@ def main(arguments: list[str]) -> None:
             print(evaluate.run(_run_config(workdir), workdir, _CHECKPOINT.value))
             return
         if _MODE.value == "check":
-            if not check.run(_CONFIG.value, workdir):
-                sys.exit(1)
-            return
+            sys.exit(0 if check.run(_CONFIG.value, workdir) else 1)
         if "study" in _CONFIG.value:
             print(f"\n{study.run(_CONFIG.value, workdir)}\n")
         else:

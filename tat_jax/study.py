@@ -21,17 +21,18 @@ def run(config: ConfigDict, folder: str | Path) -> str:
             from the rest of the config.
         folder: holds `teacher/`, `<variant>/seed<n>/` and `curves.png` afterwards.
     """
-    folder, seeds = Path(folder), config.study.seeds
-    of_teacher, of_students = variants(config)
-    for variant in (of_teacher, *of_students.values()):
-        fields.check(variant)
-    teacher = train.run(of_teacher, folder / "teacher")["last"]["eval/top1"]
-    runs = {name: [folder / name / f"seed{seed}" for seed in seeds] for name in of_students}
-    for name, variant in of_students.items():
-        for seed, run_folder in zip(seeds, runs[name], strict=True):
-            variant.seed = seed
-            variant.teacher.weights = str(folder / "teacher")
-            train.run(variant, run_folder)
+    folder = Path(folder)
+    study = config.study.to_dict()
+    for changes in (study["teacher"], *study["students"].values()):
+        fields.check(variant(config, changes))
+    teacher = train.run(variant(config, study["teacher"]), folder / "teacher")["last"]["eval/top1"]
+    runs = {name: [folder / name / f"seed{seed}" for seed in study["seeds"]] for name in study["students"]}
+    for name, changes in study["students"].items():
+        for seed, run_folder in zip(study["seeds"], runs[name], strict=True):
+            student = variant(config, changes)
+            student.seed = seed
+            student.teacher.weights = str(folder / "teacher")
+            train.run(student, run_folder)
     rows = {name: [read_rows(run_folder) for run_folder in folders] for name, folders in runs.items()}
     report.plot_study(rows, teacher, folder / "curves.png")
     accuracies = {
@@ -41,19 +42,13 @@ def run(config: ConfigDict, folder: str | Path) -> str:
     return _table(teacher, accuracies)
 
 
-def variants(config: ConfigDict) -> tuple[ConfigDict, dict[str, ConfigDict]]:
-    """Return the teacher's config and those of its students by name."""
-    study = config.study.to_dict()
-    students = {name: _variant(config, changes) for name, changes in study["students"].items()}
-    return _variant(config, study["teacher"]), students
-
-
-def _variant(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
-    variant = config.copy_and_resolve_references()
-    with variant.unlocked():
-        del variant.study
-    variant.update(changes)
-    return variant
+def variant(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
+    """Return the config of a study's teacher or student, of which the study says what `changes`."""
+    changed = config.copy_and_resolve_references()
+    with changed.unlocked():
+        del changed.study
+    changed.update(changes)
+    return changed
 
 
 def _table(teacher: float, accuracies: dict[str, list[float]]) -> str:

@@ -36,8 +36,8 @@ def prepare(
     *,
     num_classes: int,
     steps_per_epoch: int,
-    student: nnx.Module | None = None,
-    teacher: nnx.Module | None = None,
+    student: nnx.Module | BuiltNetwork | None = None,
+    teacher: nnx.Module | BuiltNetwork | None = None,
 ) -> Prepared:
     """Build what `config` trains.
 
@@ -57,18 +57,9 @@ def prepare(
     if group and config.batch_size > group and config.batch_size % group:
         raise ValueError(f"bn_group={group} does not divide batch_size={config.batch_size}")
     weights = loss_weights(config)
-    learner = _own(student) or networks.student(
-        config.student,
-        num_classes=num_classes,
-        dtype=config.dtype,
-        bn_group=config.bn_group,
-        seed=config.seed,
-    )
-    master = None
-    if weights.need_teacher():
-        master = _own(teacher) or networks.teacher(
-            config.teacher, num_classes=num_classes, dtype=config.dtype, seed=config.seed
-        )
+    learner = build_student(config, num_classes, student)
+    master = build_teacher(config, num_classes, teacher)
+    if master:
         _check_logits(weights, master, num_classes)
     distillation = Distillation(
         learner.model, _embeddings(config, weights, learner.model, master.model) if master else {}
@@ -100,9 +91,38 @@ def loss_weights(config: ConfigDict) -> LossWeights:
     )
 
 
-def _own(model: nnx.Module | None) -> BuiltNetwork | None:
-    if model is None:
+def build_student(
+    config: ConfigDict, num_classes: int, own: nnx.Module | BuiltNetwork | None = None
+) -> BuiltNetwork:
+    """Build the student of a config, unless there is one of your `own`.
+
+    Raises:
+        FileNotFoundError: its weights are missing.
+        ValueError: they are another network's.
+    """
+    return _own(own) or networks.student(
+        config.student,
+        num_classes=num_classes,
+        dtype=config.dtype,
+        bn_group=config.bn_group,
+        seed=config.seed,
+    )
+
+
+def build_teacher(
+    config: ConfigDict, num_classes: int, own: nnx.Module | BuiltNetwork | None = None
+) -> BuiltNetwork | None:
+    """Build the teacher of a config likewise; None where no term of the loss needs one."""
+    if not loss_weights(config).need_teacher():
         return None
+    return _own(own) or networks.teacher(
+        config.teacher, num_classes=num_classes, dtype=config.dtype, seed=config.seed
+    )
+
+
+def _own(model: nnx.Module | BuiltNetwork | None) -> BuiltNetwork | None:
+    if model is None or isinstance(model, BuiltNetwork):
+        return model
     return BuiltNetwork(model, arguments={}, origin={"head": "trained", "source": type(model).__name__})
 
 

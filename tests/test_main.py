@@ -1,10 +1,13 @@
 """The command line: a mistake is answered in a line or two that name it, never with a stack trace."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import main
 
 MAIN = Path(__file__).parents[1] / "main.py"
 
@@ -47,6 +50,18 @@ def test_a_mistake_is_named(arguments, message, tmp_path):
     assert "Traceback" not in text
     assert len(text.strip().splitlines()) <= 4
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "processes", "answer"),
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory\nallocating", 1, "memory is full: lower --config.batch_size"),
+        ("UNKNOWN: Gloo all-reduce failed", 2, "lost one of the 2 processes; .*run the same command again"),
+        ("INTERNAL: something else", 1, "^INTERNAL: something else$"),
+    ],
+)
+def test_what_the_devices_report_comes_with_what_it_may_come_of(said, processes, answer):
+    assert re.search(answer, main._of_devices(said, processes))
 
 
 def test_help_names_the_flags(tmp_path):

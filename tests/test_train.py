@@ -1,5 +1,6 @@
 """A run: what it leaves behind, that it continues exactly, and what it refuses."""
 
+import fcntl
 import json
 import os
 import signal
@@ -204,6 +205,62 @@ def test_a_run_that_was_stopped_anywhere_equals_the_uninterrupted_one(tmp_path, 
     watcher.join()
     run(config_of(epochs=4), tmp_path)
     assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_run_that_was_stopped_during_an_evaluation_does_that_again(tmp_path, uninterrupted, monkeypatch):
+    evaluations = []
+
+    def evaluate_second_time_interrupted(*arguments, **options):
+        evaluations.append(arguments)
+        if len(evaluations) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate.evaluate(*arguments, **options)
+
+    monkeypatch.setattr(train, "evaluate", evaluate_second_time_interrupted)
+    with pytest.raises(train.Interrupted, match="stopped at step 6 of 12") as stopped:
+        run(config_of(epochs=4), tmp_path)
+    assert stopped.value.signal == signal.SIGTERM
+    assert [row["epoch"] for row in read_rows(tmp_path) if "epoch" in row] == [1]
+    run(config_of(epochs=4), tmp_path)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_row_over_steps_before_and_after_a_stop_is_that_of_a_run_without(tmp_path):
+    run(config_of(epochs=2, log_every=2), tmp_path / "whole")
+    run(config_of(epochs=1, log_every=2), tmp_path / "stopped")  # after three steps
+    run(config_of(epochs=2, log_every=2), tmp_path / "stopped")
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    assert [row["step"] for row in read_rows(tmp_path / "whole") if "train/loss" in row] == [2, 4, 6]
+
+
+def test_a_folder_where_a_run_is_at_work_is_refused(tmp_path):
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"another run is at work in .*; choose another --workdir"):
+            run(config_of(epochs=1), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_training_set_that_grew_since_is_refused(folder, tmp_path):
+    root = folder(
+        *(f"{split}/{name}/{i}.JPEG" for split in ("train", "val") for name in "ab" for i in range(4))
+    )
+    config = config_of(epochs=1)
+    config.data.update({"source": "imagefolder", "root": str(root)})
+    run(config, tmp_path / "run")
+    folder("train/a/new.JPEG")
+    config.epochs = 2
+    with pytest.raises(ValueError, match="trained on 8 images, and data.root holds 9 now"):
+        run(config, tmp_path / "run")
+
+
+def test_a_damaged_line_of_the_log_is_named_and_one_that_was_cut_off_is_not_missed(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_rows(tmp_path) == [{"step": 1}, {"step": 2}]
+    log.write_bytes(b'{"step": 1}\n{"st\xffp": 2}\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is damaged"):
+        read_rows(tmp_path)
 
 
 def test_another_config_in_the_same_folder_is_refused_field_by_field(uninterrupted):

@@ -24,12 +24,19 @@ DAMAGES = ("one bit flipped", "cut in half", "emptied", "removed")
 _ISOLATED = ("unshare", "--map-root-user", "--mount", "sh", "-c")
 
 
-def faults(*, sizes: Sequence[str] = SIZES, files: int | None = None) -> list[Fault]:
-    """Bring about every fault of the disk.
+def faults() -> list[Fault]:
+    """Bring about every fault of the disk."""
+    with tempfile.TemporaryDirectory() as temporary:
+        whole = Path(temporary) / "whole"
+        finish(whole, EPOCHS)
+        return [*run_faults(), *damaged_checkpoints(whole)]
+
+
+def run_faults(*, sizes: Sequence[str] = SIZES) -> list[Fault]:
+    """Bring about what a run meets.
 
     Args:
         sizes: of disks that run full, as mount takes them.
-        files: of a checkpoint to damage, at most; else all.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -37,8 +44,7 @@ def faults(*, sizes: Sequence[str] = SIZES, files: int | None = None) -> list[Fa
         finish(whole, EPOCHS)
         found = [_full(folder / size, whole, size) for size in sizes]
         found += [_read_only(folder / "read-only", whole), _deleted(folder / "deleted")]
-        found.append(_damaged_and_continued(folder / "continued", whole))
-        return found + damaged_checkpoints(whole, files=files)
+        return [*found, _damaged_and_continued(folder / "continued", whole)]
 
 
 def _full(folder: Path, whole: Path, size: str) -> Fault:

@@ -1,0 +1,384 @@
+"""What a training needs is found before it starts: each thing that is wrong, in one call, and named."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from configs import base, digits
+from tat_jax import check, checkpoint, train
+from tat_jax.checkpoint import Network
+from tat_jax.data.pipeline import Pipeline
+from tat_jax.data.sources import Digits
+from tat_jax.distill import normalize
+from tat_jax.metrics import read_rows
+from tat_jax.resnet import ResNet
+from tests.tiny import Tiny
+
+MAIN = Path(__file__).parents[1] / "main.py"
+ITEMS = ["config", "folder", "devices", "training data", "training sample"]
+ITEMS += [
+    "validation data",
+    "validation sample",
+    "student",
+    "teacher",
+    "teacher's top-1",
+    "task",
+    "taps",
+    "reading",
+    "memory",
+    "loss at step 0",
+]
+ITEMS += ["time", "check"]
+
+
+def config_of(**changes):
+    """Return a training of every term on digits."""
+    config = base.base()
+    config.update({"epochs": 1, "batch_size": 16, "log_every": 1})
+    config.loss.update({"alpha": 0.5, "beta": 0.5, "temperature": 2.0})
+    config.tat = {"layer2": {**base.tat(), "weight": 0.25, "heads": 2}}
+    config.data.update(
+        {"source": "digits", "labels_per_class": 2, "image_size": 16, "eval_resize": 16, "threads": 1}
+    )
+    with config.ignore_type():
+        config.update(changes)
+    return config
+
+
+@pytest.fixture
+def find(tmp_path, monkeypatch, capsys):
+    """Return a function that checks a training, and returns whether it holds and the finding of each item."""
+    monkeypatch.chdir(tmp_path)
+
+    def find(config, **networks):
+        before = sorted(tmp_path.rglob("*"))
+        hold = check.run(config, tmp_path / "run", **({"student": tiny(4), "teacher": tiny(8)} | networks))
+        assert sorted(tmp_path.rglob("*")) == before
+        return hold, findings(capsys.readouterr().out)
+
+    return find
+
+
+def tiny(width):
+    return Tiny(width, classes=10, rngs=nnx.Rngs(width))
+
+
+def findings(text):
+    """Return the finding of each item; those of several lines are indented."""
+    lines = re.sub(r"\n {18}", "⏎", text).splitlines()
+    return {line[:18].strip(): line[18:].replace("⏎", "\n") for line in lines}
+
+
+def failed(found):
+    return [name for name, finding in found.items() if finding.startswith("FAILED")]
+
+
+def left_out(found):
+    return [name for name, finding in found.items() if finding.startswith("left out: needs")]
+
+
+def save_resnet(folder, *, classes, change=lambda weights: weights):
+    """Save a ResNet-18 of width 2, and return the fields that name it."""
+    network = base.network("resnet18", str(folder), small_images=True, width=2)
+    arguments = {"architecture": "resnet18", "num_classes": classes, "small_images": True, "width": 2}
+    weights = checkpoint.network_weights(ResNet(**arguments, rngs=nnx.Rngs(0)))
+    origin = {"head": "trained", "source": "a test"}
+    checkpoint.save_network(folder, Network(change(weights), arguments, origin))
+    return network
+
+
+def test_all_that_a_training_needs_is_found_and_its_first_step_is_the_training_s(find, tmp_path):
+    hold, found = find(config_of())
+    assert hold
+    assert list(found) == ITEMS
+    assert found["check"] == "all hold"
+    assert found["devices"] == "8 × cpu, 2 images a step on each"
+    assert found["training data"] == "20 images, 10 classes, 2 steps an epoch"
+    assert found["training sample"].startswith("20 images over the whole split, ")
+    assert found["validation sample"].startswith("64 images over the whole split, ")
+    assert found["taps"] == "layer2: student 4×4×8 → teacher 4×4×16, 16 positions, 2 heads"
+    assert found["teacher"] == "Tiny from Tiny, head trained, 1,586 parameters, all finite"
+    assert re.search(r"2 steps in about \d+ s, without evaluations", found["time"])
+
+    train.run(config_of(), tmp_path / "run", student=tiny(4), teacher=tiny(8))
+    row = next(row for row in read_rows(tmp_path / "run") if "train/loss" in row)
+    loss = row["train/loss"]
+    assert found["loss at step 0"].splitlines() == [
+        f"{loss:.4g}, gradient norm {row['train/gradient_norm']:.4g}",
+        *(
+            f"{weight:g}·{name} = {weight:g} · {row[f'train/{name}']:.4g}, "
+            f"{weight * row[f'train/{name}'] / loss:.1%} of the loss"
+            for name, weight in {"cross_entropy": 0.5, "kl": 2.0, "tat_layer2": 0.25}.items()
+        ),
+    ]
+
+
+def test_a_training_without_a_teacher_holds_without_one(find):
+    hold, found = find(config_of(loss={"alpha": 1.0, "beta": 0.0}, tat={"layer2": base.tat()}))
+    assert hold
+    assert found["teacher"].startswith("none")
+    assert found["teacher's top-1"] == "left out: there is no teacher"
+    assert found["taps"].startswith("none")
+
+
+def test_missing_weights_and_missing_images_are_found_in_one_call(find):
+    config = config_of(student=base.network("resnet18", "none18"), teacher=base.network("resnet34", "none34"))
+    config.data.source, config.data.root = "imagefolder", "nowhere"
+    hold, found = find(config, student=None, teacher=None)
+    assert not hold
+    assert failed(found) == ["training data", "validation data", "student", "teacher"]
+    assert found["check"] == "4 FAILED: training data, validation data, student, teacher"
+    assert "no folder nowhere; images belong in nowhere/train/<class>/" in found["training data"]
+    for architecture, network in (("resnet18", "student"), ("resnet34", "teacher")):
+        assert f"python -m tat_jax.convert {architecture} --to none" in found[network]
+    assert found["training sample"] == "left out: needs training data"
+    assert found["task"] == "left out: needs training data, student, teacher"
+    assert found["devices"].startswith("8 × cpu")
+
+
+def test_weights_are_read_where_the_images_are_missing(find, tmp_path):
+    config = config_of(student=save_resnet(tmp_path / "student", classes=10))
+    config.data.source = "imagefolder"
+    _, found = find(config, student=None)
+    assert failed(found) == ["training data", "validation data"]
+    assert "head not known without the data, " in found["student"]
+    assert "head trained, " in found["teacher"]
+
+
+def image_folder(folder):
+    """Return a training on images of ten classes: one cannot be read, and of those to validate two."""
+    names = [f"{split}/{label}/0.jpg" for split in ("train", "val") for label in range(10)]
+    root = folder(*names)
+    (root / "train/3/0.jpg").write_bytes(b"no image")
+    (root / "val/7/0.jpg").write_bytes((root / "val/7/0.jpg").read_bytes()[:200])
+    (root / "val/8/0.jpg").write_bytes(b"")
+    config = config_of()
+    config.data.update({"source": "imagefolder", "root": str(root)})
+    return config
+
+
+def test_an_unreadable_image_is_named_by_its_path(find, folder):
+    config = image_folder(folder)
+    hold, found = find(config)
+    assert not hold
+    # The first batch has every image, so that training would stop there.
+    assert failed(found) == ["training sample", "validation sample", "reading"]
+    assert "1 of 10 images cannot be read; replace them" in found["training sample"]
+    assert f"{config.data.root}/train/3/0.jpg: not an image" in found["training sample"]
+    lines = found["validation sample"].splitlines()
+    assert [line.split(":")[0] for line in lines[1:]] == [f"{config.data.root}/val/{i}/0.jpg" for i in (7, 8)]
+    assert found["teacher's top-1"] == "left out: needs validation sample"
+    assert found["taps"].startswith("layer2: student")
+
+
+def test_an_unreadable_image_that_is_skipped_is_named_and_no_failure(find, folder):
+    config = image_folder(folder)
+    config.data.skip_broken = True
+    hold, found = find(config)
+    assert hold
+    assert found["training sample"].endswith(
+        f"\nskipped, for it is no image: {config.data.root}/train/3/0.jpg"
+    )
+    assert "on 8 images (2 unreadable skipped)" in found["teacher's top-1"]
+
+
+def test_taps_that_do_not_fit_are_named(find, tmp_path):
+    config = config_of(student=base.network("resnet18", "random", small_images=True, width=2))
+    hold, found = find(config, student=None)
+    assert not hold
+    assert failed(found) == ["task"]
+    assert "tat.layer2: the taps differ in height and width" in found["task"]
+    assert left_out(found) == ["taps", "memory", "loss at step 0", "time"]
+    assert "images/s with data.threads=1" in found["reading"]
+
+
+def test_a_teacher_of_other_classes_is_named(find, tmp_path):
+    config = config_of(teacher=save_resnet(tmp_path / "teacher", classes=5))
+    hold, found = find(config, teacher=None)
+    assert not hold
+    assert found["teacher's top-1"] == "left out: it knows 5 classes, the data 10"
+    assert failed(found) == ["task"]
+    assert "teacher knows 5 classes, the data 10; the KL term compares" in found["task"]
+
+
+@pytest.mark.parametrize("network", ["student", "teacher"])
+def test_weights_that_are_no_numbers_are_named(find, tmp_path, network):
+    def poison(weights):
+        return weights | {"fc.bias": weights["fc.bias"].at[3].set(jnp.nan)}
+
+    config = config_of(**{network: save_resnet(tmp_path / "made", classes=10, change=poison)})
+    hold, found = find(config, **{network: None})
+    assert not hold
+    assert failed(found) == [network]
+    assert found[network].endswith(
+        "made holds weights that are not finite; convert or train it anew: fc.bias"
+    )
+
+
+class Knowing(nnx.Module):
+    """A teacher that knows the digits of the sample, each one's class or the one so many after it."""
+
+    def __init__(self, after):
+        sample = check._Sample(Digits("val"))
+        data = Pipeline(sample, config_of().data, batch_size=len(sample), train=False, seed=0, threads=0)
+        (batch,) = data.epoch(0)
+        self.images = nnx.Variable(jnp.asarray(normalize(batch["image"])))
+        self.labels = nnx.Variable(jnp.asarray(batch["label"] + after) % 10)
+
+    def __call__(self, images, *, train=False, where=None):
+        distances = jnp.abs(images[:, None] - self.images.get_value()[None]).sum((2, 3, 4))
+        return jax.nn.one_hot(self.labels.get_value()[distances.argmin(1)], 10)
+
+
+@pytest.mark.parametrize(("after", "accuracy"), [(0, "top-1 100.00%"), (1, "top-1 0.00%")])
+def test_a_teacher_at_chance_is_remarked(find, after, accuracy):
+    config = config_of(batch_size=12)  # no multiple of the devices, so that nothing is compiled
+    _, found = find(config, teacher=Knowing(after))
+    assert found["teacher's top-1"].startswith(accuracy)
+    assert ("NOTE" in found["teacher's top-1"]) == bool(after)
+
+
+class Steep(Tiny):
+    """A student whose gradient is no number where its logits are."""
+
+    def __call__(self, images, *, train=False, where=None):
+        logits = super().__call__(images, train=train, where=where)
+        return logits + jnp.sqrt(0 * logits)
+
+
+class Lost(Tiny):
+    """A student whose logits are no numbers."""
+
+    def __call__(self, images, *, train=False, where=None):
+        return super().__call__(images, train=train, where=where) * jnp.nan
+
+
+@pytest.mark.parametrize(
+    ("student", "terms"),
+    [(Steep, "gradient_norm"), (Lost, "cross_entropy, gradient_norm, kl, loss")],
+)
+def test_a_first_step_that_is_no_number_is_named_by_its_terms(find, student, terms):
+    hold, found = find(config_of(), student=student(4, classes=10, rngs=nnx.Rngs(0)))
+    assert not hold
+    assert failed(found) == ["loss at step 0"]
+    assert f"not finite: {terms}; " in found["loss at step 0"]
+    assert "0.25·tat_layer2 = 0.25 · " in found["loss at step 0"]
+    assert left_out(found) == ["time"]
+
+
+def test_a_batch_that_the_devices_cannot_share_is_named(find):
+    hold, found = find(config_of(batch_size=12))
+    assert not hold
+    assert failed(found) == ["devices"]
+    assert "batch_size=12 is not a multiple of the 8 devices" in found["devices"]
+    assert left_out(found) == ["reading", "memory", "loss at step 0", "time"]
+    assert found["task"].startswith("0.5·cross_entropy + 2·kl + 0.25·tat_layer2; adamw trains ")
+
+
+def test_a_wrong_field_is_named(find):
+    config = config_of()
+    config.optimizer.learning_rate = -1.0
+    hold, found = find(config)
+    assert not hold
+    assert failed(found) == ["config"]
+    assert "optimizer.learning_rate=-1.0: allowed is a number greater than 0" in found["config"]
+    assert found["task"] == "left out: needs config"
+    assert "images/s with data.threads=1" in found["reading"]
+
+
+def test_less_memory_than_the_step_needs_is_named(find, monkeypatch):
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000})
+    monkeypatch.setattr(check.jax, "local_devices", lambda: [device])
+    hold, found = find(config_of())
+    assert not hold
+    assert failed(found) == ["memory"]
+    assert "it has 0 MiB: lower batch_size, set dtype=bfloat16 or take more devices" in found["memory"]
+
+
+def test_reading_that_is_slower_than_the_steps_sets_the_pace(find, monkeypatch):
+    epoch = Pipeline.epoch
+
+    def slow(self, index, start_step=0):
+        time.sleep(2 if self.steps_per_epoch == 2 else 0)
+        return epoch(self, index, start_step)
+
+    monkeypatch.setattr(Pipeline, "epoch", slow)
+    config = config_of(epochs=3600 * 50)
+    hold, found = find(config)
+    assert hold
+    days = re.search(
+        r"reading is slower and sets the pace: 360,000 steps in about (\d+) days ", found["time"]
+    )
+    assert int(days[1]) >= 8  # two seconds a batch
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.2, "0 s"), (99, "99 s"), (150, "2 min"), (5_900, "98 min"), (7_300, "2 h"), (200_000, "2 days 8 h")],
+)
+def test_a_duration_is_readable(seconds, words):
+    assert check._duration(seconds) == words
+
+
+def test_every_training_of_a_study_is_checked_under_a_random_teacher(monkeypatch, capsys):
+    checked = []
+
+    def note(config, folder, student, teacher):
+        checked.append(config)
+        return len(checked) != 2
+
+    monkeypatch.setattr(check, "_check", note)
+    config = digits.get_config()
+    config.teacher.weights = "weights/resnet34"
+    assert not check.run(config, "run")
+    headings = capsys.readouterr().out.splitlines()
+    assert headings == [f"study, {name}:" for name in ("teacher", "cross-entropy", "kd", "tat")]
+    assert [config.data.labels_per_class for config in checked] == [100, 5, 5, 5]
+    assert [config.tat.layer4.weight for config in checked] == [0, 0, 0, 1]
+    assert all(config.teacher.weights == "random" and "study" not in config for config in checked)
+
+
+def test_a_folder_says_what_would_continue_and_one_of_another_run_fails(tmp_path, capsys):
+    networks = {"student": tiny(4), "teacher": tiny(8)}
+    train.run(config_of(), tmp_path, **networks)
+    assert check.run(config_of(epochs=2), tmp_path, **networks)
+    found = findings(capsys.readouterr().out)["folder"]
+    assert re.search(r"continues from step 2; .* free\nchanged: epochs: 1 there, 2 now$", found)
+    assert not check.run(config_of(batch_size=8), tmp_path, **networks)
+    found = findings(capsys.readouterr().out)
+    assert failed(found) == ["folder"]
+    assert "batch_size: 16 there, 8 now" in found["folder"]
+
+
+@pytest.mark.parametrize(
+    ("config", "code", "last"),
+    [
+        ("r18_r34_ce.py:smoke", 0, "all hold"),
+        ("r18_r34.py", 1, "4 FAILED: training data, validation data, student, teacher"),
+    ],
+)
+def test_the_exit_code_says_whether_all_holds_and_no_folder_is_made(tmp_path, config, code, last):
+    arguments = ["--mode=check", f"--config={MAIN.parent}/configs/{config}", "--workdir=run"]
+    process = subprocess.run(
+        [sys.executable, MAIN, *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert process.returncode == code, process.stderr
+    found = findings(process.stdout)
+    assert list(found) == ITEMS
+    assert found["check"] == last
+    assert list(tmp_path.iterdir()) == []

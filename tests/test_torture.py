@@ -1,0 +1,74 @@
+"""The short forms of `make torture`: what is done to a run or a file is survived."""
+
+import numpy as np
+import pytest
+
+from fidelity.photographs import photographs
+from torture import disk, elastic, endurance, kill, preemption, processes, strangers
+from torture.fault import table
+from torture.small_run import finish
+
+
+def assert_survived(faults):
+    assert faults
+    assert all(fault.tried > 0 for fault in faults)
+    assert [fault for fault in faults if fault.survived < fault.tried] == [], table(faults)
+
+
+def test_a_run_that_was_killed_anywhere_equals_the_uninterrupted_one():
+    assert_survived(kill.faults(epochs=5, phases=kill.PHASES))
+
+
+def test_sigterm_and_ctrl_c_save_and_end_and_a_second_one_leaves_at_once():
+    assert_survived(preemption.faults(preemption.SIGNALS, epochs=5))
+
+
+def test_other_devices_continue_a_run_and_other_configs_are_shown_taken_or_refused():
+    assert_survived(elastic.faults())
+
+
+@pytest.mark.parametrize("start", ["2 processes as on SLURM", "2 processes as on a TPU pod"])
+def test_processes_find_each_other(start):
+    assert_survived(processes.faults(starts=(start,), victims=()))
+
+
+def test_when_one_process_dies_the_other_ends_and_both_continue_exactly():
+    assert_survived(processes.faults(starts=(), victims=(1,)))
+
+
+def test_a_disk_that_is_full_or_read_only_or_loses_the_folder_costs_no_good_checkpoint():
+    assert_survived(disk.run_faults(sizes=("3m",)))
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(tmp_path):
+    finish(tmp_path / "whole", disk.EPOCHS)
+    assert_survived(disk.damaged_checkpoints(tmp_path / "whole", files=8))
+
+
+def test_hostile_weight_files_are_refused_with_nothing_written_and_nothing_executed():
+    assert_survived(strangers.weight_faults())
+
+
+def test_broken_images_are_told_by_path_within_bounds_of_time_and_memory():
+    assert_survived(strangers.image_faults(photographs(None, 1)[0].jpeg))
+
+
+def test_files_changed_at_random_are_read_or_refused(tmp_path):
+    jpegs = [photo.jpeg for photo in photographs(None, 10)]
+    assert_survived(
+        [strangers.fuzz_images(jpegs, 5, keep=tmp_path), strangers.fuzz_weights(5, keep=tmp_path)]
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_files_and_speed_that_change_in_a_long_run_are_seen():
+    flat = np.ones(60)
+    grows = np.linspace(1, 1.2, 60)
+    flat_record = endurance.Record(np.arange(60.0), 500 * flat, 20 * flat, 900 * flat)
+    assert_survived(endurance.changes(flat_record))
+    for changed in (
+        flat_record._replace(resident=500 * grows),
+        flat_record._replace(files=20 * grows),
+        flat_record._replace(speed=900 / grows),
+    ):
+        assert [fault.survived for fault in endurance.changes(changed)].count(0) == 1
