@@ -59,7 +59,7 @@ def run(
     student: nnx.Module | None = None,
     teacher: nnx.Module | None = None,
 ) -> bool:
-    """Check all that training `config` in `folder` needs, its first steps included; of a study, every training.
+    """Check all that training `config` in `folder` needs, first steps included; of a study, every training.
 
     Prints a line for each item as it goes. One that fails leaves out only those that need it, so that one
     call finds all that is wrong. The teacher of a study is yet to be trained, and random here.

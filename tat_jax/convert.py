@@ -62,7 +62,7 @@ def convert_entries(
         source: what errors call the entries, and the network its origin.
 
     Raises:
-        ValueError: entries are missing, extra, of another shape or not finite; each is named.
+        ValueError: entries are missing, extra, empty, of another shape or not finite; each is named.
     """
     entries = {
         name: array
@@ -71,12 +71,16 @@ def convert_entries(
     }
     if not fresh_head and not any(name in entries for name in _HEAD):
         raise ValueError(f"{source} has no head ({', '.join(_HEAD)}); --head fresh starts one afresh")
+    empty = [name for name, array in entries.items() if not array.size]
+    if empty:  # Its shape may claim any width and any number of classes.
+        raise ValueError(f"{source} has no numbers in {', '.join(empty)}")
     arguments = _arguments(entries, architecture)
     expected = _torch_shapes(arguments)
     if fresh_head:
         expected = {name: shape for name, shape in expected.items() if name not in _HEAD}
     checkpoint.check_entries({name: a.shape for name, a in entries.items()}, expected, source=source)
-    broken = [name for name, array in entries.items() if not np.isfinite(array.astype(np.float64)).all()]
+    with np.errstate(over="ignore"):  # What float32 cannot hold becomes infinity, here as in training.
+        broken = [name for name, array in entries.items() if not np.isfinite(array.astype(np.float32)).all()]
     if broken:
         raise ValueError(f"{source} has NaN or infinity in {', '.join(broken)}")
     weights = {}
@@ -97,7 +101,10 @@ def export_entries(network: Network) -> Entries:
     """
     if not network.arguments:
         raise ValueError("this network is not one of torchvision's kind, so it has no names there")
-    return {torch_name(path): to_torch(path, np.asarray(a)) for path, a in network.weights.items()}
+    return {
+        torch_name(path): np.ascontiguousarray(to_torch(path, np.asarray(array)))
+        for path, array in network.weights.items()
+    }
 
 
 def torch_name(path: str) -> str:
@@ -117,16 +124,18 @@ def to_ours(path: str, array: np.ndarray) -> np.ndarray:
 
 
 def to_torch(path: str, array: np.ndarray) -> np.ndarray:
-    """Return our array at the attribute `path` in PyTorch's layout."""
+    """Return our array at the attribute `path` in PyTorch's layout, as a view."""
     if path.endswith("kernel"):
         array = rearrange(array, "h w i o -> o i h w" if array.ndim == 4 else "i o -> o i")
-    return np.ascontiguousarray(array)
+    return array
 
 
 def _arguments(entries: Mapping[str, np.ndarray], architecture: str) -> dict[str, Any]:
     """Return the arguments of the `ResNet` that `entries` would fit, as far as they tell."""
     stem, head = entries.get("conv1.weight"), entries.get("fc.weight")
-    stem_told, head_told = stem is not None and stem.ndim == 4, head is not None and head.ndim == 2
+    # A stem with less behind each feature than colours and pixels may claim a width of any size.
+    stem_told = stem is not None and stem.shape[1:] in ((3, 3, 3), (3, 7, 7))
+    head_told = head is not None and head.ndim == 2
     return {
         "architecture": architecture,
         "num_classes": len(head) if head is not None and head_told else 1000,

@@ -1,17 +1,18 @@
 """Read PyTorch's and safetensors' weight files as NumPy arrays, without PyTorch and without running code.
 
 A `.pth` file is a pickle that refers to raw storages, in a zip archive or, before PyTorch 1.6, in one stream.
-It is read here as `torch.load(..., weights_only=True)` does: its instructions are carried out one by one,
-those alone that a dictionary of tensors is made of, and every size is checked against the bytes that are
-there. So a file takes no more memory than a few times its size, whatever it says.
+It is read here as `torch.load(..., weights_only=True)` does: only what a dictionary of tensors is made of may
+be named in it, every size is checked against the bytes that are there, and the tensors together are no larger
+than the file.
 """
 
 import io
 import math
 import pickletools
 import zipfile
-from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
@@ -20,7 +21,6 @@ import safetensors
 
 Entries = dict[str, np.ndarray]
 
-_MAX_AXES = 32
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _STORAGES = {
@@ -42,6 +42,12 @@ _SAFETENSORS_TYPES = {
     "BF16": np.dtype(jnp.bfloat16),
     "I64": np.dtype("<i8"),
 }
+# A ResNet-152 with its optimiser needs a tenth. A million take seconds, and 100 MB at most.
+_MAX_OPERATIONS = 1_000_000
+_MAX_DIMENSIONS = 32
+_MAX_ARGUMENTS = 8
+_MAX_HEADER = 1 << 24  # bytes; safetensors itself allows 100 MB, of which JSON makes gigabytes
+_MAX_MESSAGE = 1000  # characters, as names in a file can be of any length
 
 
 def read_entries(path: Path) -> Entries:
@@ -56,14 +62,14 @@ def read_entries(path: Path) -> Entries:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_pth
     try:
-        return _named_tensors(_read_pth(path))
+        return _without_prefix(read(path))
     except _RefusedError as error:
-        raise ValueError(f"{path}: {error}") from None
-    except Exception as error:  # A broken pickle makes the unpickler raise nearly anything.
-        raise ValueError(f"{path} is no PyTorch weight file, or it is damaged: {error}") from error
+        raise ValueError(f"{path}: {error}"[:_MAX_MESSAGE]) from None
+    except Exception as error:  # A broken file makes its readers raise nearly anything.
+        kind = "safetensors" if path.suffix == ".safetensors" else "PyTorch weight"
+        raise ValueError(f"{path} is no {kind} file, or it is damaged: {error!r}"[:_MAX_MESSAGE]) from error
 
 
 class _RefusedError(ValueError):
@@ -87,210 +93,241 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
     def array(self) -> np.ndarray:
-        storage = self.storage
+        storage, offset, shape, strides = self
+        if not all(
+            isinstance(numbers, tuple) and len(numbers) <= _MAX_DIMENSIONS for numbers in (shape, strides)
+        ):
+            raise _RefusedError("a tensor has no shape and strides that a tensor can have")
+        if not all(type(n) is int and n >= 0 for n in (offset, *shape, *strides)):
+            raise _RefusedError("a tensor has a negative size, stride or offset")
         if len(storage.bytes) != storage.size * storage.dtype.itemsize:
             raise _RefusedError(f"a storage of {storage.size} elements has {len(storage.bytes)} bytes")
-        if not all(type(n) is int and n >= 0 for n in (self.offset, *self.shape, *self.strides)):
-            raise _RefusedError("a tensor has a negative size, stride or offset")
-        if len(self.shape) > _MAX_AXES:
-            raise _RefusedError(f"a tensor has {len(self.shape)} axes")
-        steps = zip(self.shape, self.strides, strict=True)
-        last = self.offset + sum((size - 1) * stride for size, stride in steps)
-        count = int(math.prod(self.shape))
+        last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        count = math.prod(shape)
         if count > storage.size or (count and last >= storage.size):
-            raise _RefusedError(f"a tensor of shape {self.shape} reaches beyond its {storage.size} elements")
-        flat = np.frombuffer(storage.bytes, storage.dtype)[self.offset :]
-        strides = [stride * storage.dtype.itemsize for stride in self.strides]
-        # No copy: any number of tensors may share a storage.
-        return np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False)
+            raise _RefusedError(f"a tensor of shape {shape} reaches beyond its {storage.size} elements")
+        flat = np.frombuffer(storage.bytes, storage.dtype)[offset:]
+        steps = [stride * storage.dtype.itemsize for stride in strides]
+        return np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False).copy()
 
 
-class _Unpickled(NamedTuple):
-    """What a pickle says, and the storages it refers to by key."""
-
-    root: Any
-    storages: dict[str, _Storage]
+def _ordered_dict() -> dict[Any, Any]:
+    return {}
 
 
-def _unpickle(file: BinaryIO) -> _Unpickled:
-    """Carry out a pickle's instructions, if they make dictionaries of tensors and nothing else."""
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-    storages: dict[str, _Storage] = {}
-
-    def pop_from(start: int) -> list[Any]:
-        popped = stack[start:]
-        del stack[start:]
-        return popped
-
-    argument: Any
-    for opcode, argument, _ in pickletools.genops(file):
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
-                stack.append(argument)
-            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINSTRING" | "SHORT_BINSTRING":
-                stack.append(argument)
-            case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
-                stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[opcode.name]())
-            case "MARK":
-                marks.append(len(stack))
-            case "TUPLE":
-                stack.append(tuple(pop_from(marks.pop())))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(pop_from(len(stack) - int(opcode.name[-1]))))
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "APPEND" | "APPENDS":
-                items = pop_from(marks.pop() if opcode.name == "APPENDS" else len(stack) - 1)
-                _expect(stack[-1], list).extend(items)
-            case "SETITEM" | "SETITEMS":
-                items = pop_from(marks.pop() if opcode.name == "SETITEMS" else len(stack) - 2)
-                for key, value in zip(items[::2], items[1::2], strict=True):
-                    _expect(stack[-1], dict)[_expect(key, str | int)] = value
-            case "GLOBAL" | "STACK_GLOBAL":
-                names = argument.split(" ", 1) if opcode.name == "GLOBAL" else pop_from(len(stack) - 2)
-                stack.append(_named(*(_expect(name, str) for name in names)))
-            case "REDUCE":
-                function, arguments = pop_from(len(stack) - 2)
-                stack.append(_call(function, _expect(arguments, tuple)))
-            case "BUILD":  # gives a state dict the versions of its modules, which mean nothing here
-                stack.pop()
-                _expect(stack[-1], OrderedDict)
-            case "BINPERSID":
-                stack.append(_storage(storages, *_expect(stack.pop(), tuple)))
-            case "STOP":
-                return _Unpickled(stack.pop(), storages)
-            case name:
-                raise _RefusedError(f"refused, because a weight file has no need of the instruction {name}")
-    raise _RefusedError("it ends within its pickle")
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+    if not isinstance(storage, _Storage):
+        raise _RefusedError("a tensor has no storage")
+    return _Tensor(storage, offset, shape, strides)
 
 
-def _expect(value: Any, kind: Any) -> Any:
-    if not isinstance(value, kind):
-        raise _RefusedError(f"refused, because it has a {type(value).__name__} where no weight file has one")
-    return value
+def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
+    return tensor
 
 
-def _named(module: str, name: str) -> Any:
-    """Return what stands for the function, class or storage type of that name."""
-    if module == "torch" and name in _STORAGES:
-        return _STORAGES[name]
-    if (module, name) in _FUNCTIONS:
-        return _FUNCTIONS[module, name]
-    raise _RefusedError(f"refused, because a weight file has no need of {module[:80]}.{name[:80]}")
-
-
-def _call(function: Any, arguments: tuple[Any, ...]) -> Any:
-    if not any(function is known for known in _FUNCTIONS.values()):
-        raise _RefusedError(f"refused, because it calls a {type(function).__name__}")
-    return function(*arguments)
-
-
-def _storage(
-    storages: dict[str, _Storage], kind: str, dtype: np.dtype, key: str, place: str, size: int, *view: Any
-) -> _Storage:
-    """Return the storage that a persistent id refers to."""
-    if kind != "storage" or not isinstance(dtype, np.dtype) or any(view):
-        raise _RefusedError("refused, because it refers to something else than a storage")
-    return storages.setdefault(_expect(key, str), _Storage(dtype, _expect(size, int)))
-
-
-def _ordered_dict(pairs: Any = ()) -> OrderedDict:
-    return OrderedDict((_expect(key, str | int), value) for key, value in pairs)
-
-
-def _rebuild_tensor(
-    storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
-) -> _Tensor:
-    return _Tensor(_expect(storage, _Storage), offset, _expect(shape, tuple), _expect(strides, tuple))
-
-
-def _rebuild_parameter(tensor: _Tensor, *_: Any) -> _Tensor:
-    return _expect(tensor, _Tensor)
-
-
-_FUNCTIONS = {
+_NAMES: dict[tuple[str, str], np.dtype | Callable[..., Any]] = {
     ("collections", "OrderedDict"): _ordered_dict,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
 }
 
 
-def _read_pth(path: Path) -> Any:
+class _Unpickler:
+    """Unpickle dictionaries of tensors, knowing nothing else.
+
+    Python's own unpickler can be told what a pickle may name. The rest is the pickle's to say: a memo index
+    of four bytes fills gigabytes, a key of nested tuples hashes for years, and whatever may be named can
+    be given attributes.
+    """
+
+    def __init__(self) -> None:
+        self.storages: dict[Any, _Storage] = {}
+
+    def load(self, file: BinaryIO) -> Any:
+        """Return what the pickle at the file's position describes, and stop behind it."""
+        stack: list[Any] = []
+        marks: list[int] = []
+        memo: dict[Any, Any] = {}
+        argument: Any
+
+        def popped(count: int) -> list[Any]:
+            if count > len(stack):
+                raise _RefusedError("its pickle takes more than it has")
+            values = stack[len(stack) - count :]
+            del stack[len(stack) - count :]
+            return values
+
+        def since_mark() -> list[Any]:
+            return popped(len(stack) - marks.pop())
+
+        for done, (operation, argument, _) in enumerate(pickletools.genops(file)):
+            if done == _MAX_OPERATIONS:
+                raise _RefusedError(f"refused, because its pickle has more than {done:,} operations")
+            match operation.name:
+                case "PROTO" | "FRAME" | "STOP":
+                    pass
+                case "NONE" | "NEWTRUE" | "NEWFALSE":
+                    stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[operation.name])
+                case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
+                    stack.append(argument)
+                case "SHORT_BINUNICODE" | "BINUNICODE" | "SHORT_BINSTRING" | "BINSTRING":
+                    stack.append(argument)
+                case "EMPTY_TUPLE":
+                    stack.append(())
+                case "EMPTY_LIST":
+                    stack.append([])
+                case "EMPTY_DICT":
+                    stack.append({})
+                case "MARK":
+                    marks.append(len(stack))
+                case "TUPLE":
+                    stack.append(tuple(since_mark()))
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    stack.append(tuple(popped(int(operation.name[-1]))))
+                case "APPEND" | "APPENDS":
+                    values = popped(1) if operation.name == "APPEND" else since_mark()
+                    stack[-1].extend(values)
+                case "SETITEM" | "SETITEMS":
+                    values = popped(2) if operation.name == "SETITEM" else since_mark()
+                    keys = values[::2]
+                    if not all(type(key) in (str, int) for key in keys):
+                        raise _RefusedError("refused, because it has keys that are neither names nor numbers")
+                    stack[-1].update(zip(keys, values[1::2], strict=True))
+                case "BINPUT" | "LONG_BINPUT":
+                    memo[argument] = stack[-1]
+                case "MEMOIZE":
+                    memo[len(memo)] = stack[-1]
+                case "BINGET" | "LONG_BINGET":
+                    stack.append(memo[argument])
+                case "GLOBAL":
+                    stack.append(_named(*argument.split(" ")))
+                case "STACK_GLOBAL":
+                    stack.append(_named(*popped(2)))
+                case "REDUCE":
+                    function, arguments = popped(2)
+                    if not isinstance(function, FunctionType):
+                        raise _RefusedError(f"refused, because it calls a {type(function).__name__}")
+                    stack.append(function(*_few(arguments)))
+                case "BUILD":  # attributes, as the versions that a state dict has of its modules
+                    popped(1)
+                case "BINPERSID":
+                    stack.append(self._storage(*_few(popped(1)[0])))
+                case name:
+                    raise _RefusedError(f"refused, because a weight file has no need of pickle's {name}")
+        (root,) = stack
+        return root
+
+    def _storage(self, kind: Any, dtype: Any, key: Any, _: Any, size: Any, *view: Any) -> _Storage:
+        if kind != "storage" or not isinstance(dtype, np.dtype) or type(key) is not str or any(view):
+            raise _RefusedError("refused, because it refers to something that is no storage")
+        if type(size) is not int or size < 0:
+            raise _RefusedError(f"its storage {key} is of no size")
+        return self.storages.setdefault(key, _Storage(dtype, size))
+
+
+def _few(arguments: Any) -> tuple[Any, ...]:
+    """Return the arguments of a call; a long tuple, kept in the memo, could be copied a thousand times."""
+    if type(arguments) is not tuple or len(arguments) > _MAX_ARGUMENTS:
+        raise _RefusedError("refused, because it calls something with what are no arguments")
+    return arguments
+
+
+def _named(module: Any, name: Any) -> Any:
+    if type(module) is not str or type(name) is not str:
+        raise _RefusedError("refused, because it names something by what is no name")
+    if (module, name) not in _NAMES:
+        raise _RefusedError(f"refused, because a weight file has no need of {module}.{name}")
+    return _NAMES[module, name]
+
+
+def _read_pth(path: Path) -> Entries:
     with path.open("rb") as file:
-        return _read_archive(file) if zipfile.is_zipfile(file) else _read_legacy(file)
+        length = file.seek(0, io.SEEK_END)
+        return _named_tensors(
+            (_read_archive if zipfile.is_zipfile(file) else _read_legacy)(file, length), length
+        )
 
 
-def _read_archive(file: BinaryIO) -> Any:
-    length = file.seek(0, io.SEEK_END)
+def _read_archive(file: BinaryIO, length: int) -> Any:
     with zipfile.ZipFile(file) as archive:
-        members = {member.filename: member for member in archive.infolist()}
-        for member in members.values():
+        members = archive.infolist()
+        for member in members:
             # PyTorch never compresses; a compressed member can unpack to any size.
-            if member.compress_type != zipfile.ZIP_STORED or member.file_size > length:
+            if member.compress_type != zipfile.ZIP_STORED:
                 raise _RefusedError(f"refused, because its member {member.filename} is compressed")
-        if sum(member.file_size for member in members.values()) > length:
-            raise _RefusedError("refused, because its members overlap")
-        (pickled,) = (name for name in members if name.endswith("/data.pkl") and name.count("/") == 1)
-        folder = pickled.removesuffix("/data.pkl")
-        if f"{folder}/byteorder" in members and archive.read(f"{folder}/byteorder") != b"little":
+        if sum(member.file_size for member in members) > length:
+            raise _RefusedError("refused, because its members claim more bytes than it has")
+        names = {member.filename for member in members}
+        if len(names) < len(members):
+            raise _RefusedError("refused, because two of its members have one name")
+        pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
+        if len(pickles) != 1:
+            raise _RefusedError(f"it has {len(pickles)} members */data.pkl instead of one")
+        folder = pickles[0].removesuffix("/data.pkl")
+        if f"{folder}/byteorder" in names and archive.read(f"{folder}/byteorder") != b"little":
             raise _RefusedError("its numbers are not little-endian")
-        root, storages = _unpickle(io.BytesIO(archive.read(pickled)))
-        for key, storage in storages.items():
+        unpickler = _Unpickler()
+        root = unpickler.load(io.BytesIO(archive.read(pickles[0])))
+        for key, storage in unpickler.storages.items():
             storage.bytes = archive.read(f"{folder}/data/{key}")
     return root
 
 
-def _read_legacy(file: BinaryIO) -> Any:
+def _read_legacy(file: BinaryIO, length: int) -> Any:
     file.seek(0)
-    file = io.BytesIO(file.read())  # of which nobody can ask more than there is
-    if [_unpickle(file).root for _ in range(2)] != [_LEGACY_MAGIC, _LEGACY_PROTOCOL]:
+    if [_Unpickler().load(file) for _ in range(2)] != [_LEGACY_MAGIC, _LEGACY_PROTOCOL]:
         raise _RefusedError("it does not begin as a PyTorch file")
-    if not _unpickle(file).root["little_endian"]:
+    system = _Unpickler().load(file)
+    if not system["little_endian"]:
         raise _RefusedError("its numbers are not little-endian")
-    root, storages = _unpickle(file)
-    for key in _unpickle(file).root:
-        storage = storages[key]
-        if int.from_bytes(file.read(8), "little") != storage.size:
+    unpickler = _Unpickler()
+    root = unpickler.load(file)
+    for key in _Unpickler().load(file):
+        if type(key) is not str:
+            raise _RefusedError("one of its storages has no name")
+        storage = unpickler.storages[key]
+        size = storage.size * storage.dtype.itemsize
+        if int.from_bytes(file.read(8), "little") != storage.size or size > length:
             raise _RefusedError(f"its storage {key} is not of the size it claims")
-        storage.bytes = file.read(storage.size * storage.dtype.itemsize)
+        storage.bytes = file.read(size)
     return root
 
 
-def _named_tensors(root: Any) -> Entries:
+def _named_tensors(root: Any, length: int) -> Entries:
     for wrapper in ("state_dict", "model"):
         if isinstance(root, dict) and isinstance(root.get(wrapper), dict):
             root = root[wrapper]
     if not isinstance(root, dict):
         raise _RefusedError(f"it holds a {type(root).__name__} instead of tensors by name")
+    entries: Entries = {}
+    total = 0
     for name, tensor in root.items():
         if not isinstance(name, str) or not isinstance(tensor, _Tensor):
             raise _RefusedError(f"its entry {name!r} is no tensor")
-    return _without_prefix({name: tensor.array() for name, tensor in root.items()})
+        entries[name] = tensor.array()
+        total += entries[name].nbytes
+        # Tensors may share a storage, but no network's share so much; thousands could share a large one.
+        if total > length:
+            raise _RefusedError(f"refused, because its tensors together are larger than its {length:,} bytes")
+    return entries
 
 
 def _read_safetensors(path: Path) -> Entries:
-    try:
-        tensors = safetensors.deserialize(path.read_bytes())
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or it is damaged: {error}") from error
+    content = path.read_bytes()
+    if (header := int.from_bytes(content[:8], "little")) > _MAX_HEADER:
+        raise _RefusedError(f"refused, because its header claims {header:,} bytes")
     entries = {}
-    for name, tensor in tensors:
+    for name, tensor in safetensors.deserialize(content):
         if tensor["dtype"] not in _SAFETENSORS_TYPES:
-            raise ValueError(f"{path}: {name} is of type {tensor['dtype']}, which no network here has")
+            raise _RefusedError(f"{name} is of type {tensor['dtype']}, which no network here has")
         flat = np.frombuffer(tensor["data"], _SAFETENSORS_TYPES[tensor["dtype"]])
         entries[name] = flat.reshape(tensor["shape"])
-    return _without_prefix(entries)
+    return entries
 
 
 def _without_prefix(entries: Entries) -> Entries:
-    return {name.removeprefix("module."): array for name, array in entries.items()}
+    plain = {name.removeprefix("module."): array for name, array in entries.items()}
+    if len(plain) < len(entries):
+        raise _RefusedError("two of its tensors differ in the prefix module. alone")
+    return plain

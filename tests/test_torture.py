@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from fidelity.photographs import photographs
-from torture import disk, elastic, endurance, kill, preemption, processes, strangers
+from torture import disk, elastic, endurance, kill, preemption, processes
 from torture.fault import table
 from torture.small_run import finish
 
@@ -43,22 +42,6 @@ def test_a_disk_that_is_full_or_read_only_or_loses_the_folder_costs_no_good_chec
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(tmp_path):
     finish(tmp_path / "whole", disk.EPOCHS)
     assert_survived(disk.damaged_checkpoints(tmp_path / "whole", files=8))
-
-
-def test_hostile_weight_files_are_refused_with_nothing_written_and_nothing_executed():
-    assert_survived(strangers.weight_faults())
-
-
-def test_broken_images_are_told_by_path_within_bounds_of_time_and_memory():
-    assert_survived(strangers.image_faults(photographs(None, 1)[0].jpeg))
-
-
-def test_files_changed_at_random_are_read_or_refused(tmp_path):
-    jpegs = [photo.jpeg for photo in photographs(None, 10)]
-    assert_survived(
-        [strangers.fuzz_images(jpegs, 5, keep=tmp_path), strangers.fuzz_weights(5, keep=tmp_path)]
-    )
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_memory_files_and_speed_that_change_in_a_long_run_are_seen():

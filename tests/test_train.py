@@ -250,7 +250,7 @@ def test_a_training_set_that_grew_since_is_refused(folder, tmp_path):
     run(config, tmp_path / "run")
     folder("train/a/new.JPEG")
     config.epochs = 2
-    with pytest.raises(ValueError, match="trained on 8 images, and data.root holds 9 now"):
+    with pytest.raises(ValueError, match=r"trained on 8 images, and data.root holds 9 now"):
         run(config, tmp_path / "run")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 
+from fidelity.photographs import photographs
 from fidelity.report import versions, write_between
 from torture import disk, elastic, endurance, kill, preemption, processes, strangers
 from torture.fault import Fault, table
@@ -38,7 +39,11 @@ def main() -> None:
         "elastic": elastic.faults,
         "processes": processes.faults,
         "disk": disk.faults,
-        "strangers": lambda: strangers.faults(options.photos, options.fuzz, keep=Path.cwd()),
+        "strangers": lambda: strangers.faults(
+            photos=[photo.jpeg for photo in photographs(options.photos, 50)],
+            seconds=60 * options.fuzz,
+            keep=Path("runs") / "strangers",
+        ),
         "endurance": lambda: endurance.faults(options.long, plot=DOCUMENT.with_name("endurance.png")),
     }
     if unknown := set(options.parts) - set(parts):

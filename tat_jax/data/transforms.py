@@ -9,14 +9,14 @@ import numpy as np
 import simplejpeg
 from cykooz_resizer import FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 # Those of torchvision's file extensions. Pillow knows more, and starts Ghostscript for one of them.
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 # 268 MB as RGB: where Pillow begins to suspect a decompression bomb.
 _MAX_PIXELS = 89_478_485
-# Each scan of a JPEG passes over all its blocks; encoders write ten, a file made to hurt any number.
-_MAX_SCANS = 100
+# A progressive JPEG has ten. Each further one may be a few bytes, and costs a pass over all pixels.
+_SCAN, _MAX_SCANS = b"\xff\xda\0", 100
 # As wide as what it shrinks: antialias.
 _BILINEAR = ResizeOptions(resize_alg=ResizeAlg.convolution(FilterType.bilinear))
 
@@ -41,12 +41,12 @@ def decode(
             time than its resize.
 
     Raises:
-        DecodeError: the bytes are no image, are cut short, claim more than 89 million pixels, or have more
-            than a hundred scans.
+        DecodeError: the bytes are no image, are cut short, or would take more memory or time than an image
+            of 89 million pixels.
     """
     if not image:
         raise DecodeError(f"{name}: the file is empty")
-    if image.startswith(b"\xff\xd8") and image.count(b"\xff\xda") > _MAX_SCANS:
+    if image.count(_SCAN) > _MAX_SCANS:
         raise DecodeError(f"{name}: more than {_MAX_SCANS} scans")
     # Faster than Pillow, and the same pixels. What it refuses, or would warn of, is Pillow's to judge.
     with contextlib.suppress(ValueError):
@@ -58,13 +58,21 @@ def decode(
     try:
         with Image.open(io.BytesIO(image), formats=_FORMATS) as opened:
             pixels = opened.width * opened.height
-            if pixels <= _MAX_PIXELS:
+            tags = getattr(opened, "tag_v2", {})
+            # int, because a tag may hold bytes, which a number would multiply.
+            sides = (
+                int(tags.get(side, 0)) for side in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)
+            )
+            tile = math.prod(sides)
+            if 0 < pixels <= _MAX_PIXELS and tile <= _MAX_PIXELS:  # a tile may be larger than the image
                 return np.asarray(opened.convert("RGB"))
     except Image.UnidentifiedImageError:
         raise DecodeError(f"{name}: not an image; it begins with {image[:16]!r}") from None
     except Exception as error:
         raise DecodeError(f"{name}: {error}") from error
-    raise DecodeError(f"{name}: {pixels:,} pixels, more than the {_MAX_PIXELS:,} allowed")
+    if not pixels:
+        raise DecodeError(f"{name}: no pixels")
+    raise DecodeError(f"{name}: {max(pixels, tile):,} pixels, more than the {_MAX_PIXELS:,} allowed")
 
 
 def random_resized_crop_box(

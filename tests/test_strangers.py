@@ -1,0 +1,203 @@
+"""Files from strangers: read right or refused by name, in bounded time and memory; nothing is executed."""
+
+import os
+import signal
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fidelity.photographs import photographs
+from tat_jax.convert import convert_entries
+from tat_jax.data.transforms import DecodeError, decode
+from tat_jax.torch_file import read_entries
+from torture import attacks, strangers
+
+
+@pytest.fixture(scope="module")
+def keep(tmp_path_factory):
+    """Return a folder for what should not happen."""
+    return tmp_path_factory.mktemp("keep")
+
+
+@pytest.fixture(scope="module")
+def photo():
+    """Return one JPEG file."""
+    return photographs(None, 1)[0].jpeg
+
+
+@pytest.fixture(scope="module")
+def bombs():
+    """Return files of little content that ask for much, by what they do and by name."""
+    return attacks.bombs()
+
+
+def assert_survived(faults, capfd):
+    assert all(fault.tried for fault in faults)
+    assert [f.fault for f in faults if f.survived < f.tried] == [], capfd.readouterr().err
+
+
+def test_the_command_refuses_every_weight_file_that_attacks_or_lies_and_writes_nothing(keep, capfd):
+    assert_survived(strangers.hostile_weights(keep), capfd)
+
+
+def test_the_input_pipeline_reports_every_broken_image_by_its_path(keep, photo, capfd):
+    assert_survived(strangers.hostile_images([photo], keep, flips=20), capfd)
+
+
+def test_mutants_of_weight_files_and_images_are_read_or_refused(keep, photo, capfd):
+    found = [strangers.fuzz_weights(2, 1, keep), strangers.fuzz_images([photo], 2, 1, keep)]
+    assert_survived(found, capfd)
+    assert all(fault.tried > 50 for fault in found)
+
+
+def misbehave(path: Path) -> str:
+    """Do what the file's name says, as a reader with a hole would."""
+    match path.name:
+        case "raise":
+            raise RuntimeError("not ours")
+        case "execute":
+            os.system("true")
+        case "write":
+            (path.parent / "left").write_text("behind")
+        case "grow":
+            np.ones(1700 << 20, np.uint8)
+        case "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "hang":
+            time.sleep(60)
+    return "refused"
+
+
+class TestTheWatch:
+    def outcomes(self, folder: Path, *names: str) -> dict[str, strangers.Outcome]:
+        for part in ("tried", "kept"):
+            (folder / part).mkdir()
+        files = {name: name.encode() for name in ("sound", *names)}
+        arguments = (folder / "tried", files)
+        found = strangers._outcomes(misbehave, strangers._written, arguments, folder / "kept")
+        return {outcome.name: outcome for outcome in found}
+
+    def test_it_sees_what_no_reader_may_do_and_keeps_the_files(self, tmp_path):
+        names = ("raise", "execute", "write", "grow", "crash")
+        found = self.outcomes(tmp_path, *names)
+        assert [name for name, outcome in found.items() if outcome.survived] == ["sound"]
+        assert found["raise"].verdict == "RuntimeError: not ours"
+        assert found["execute"].verdict.startswith("os.system")
+        assert "left" in found["write"].verdict
+        assert found["grow"].mebibytes > 1690
+        assert found["crash"].verdict == "the process ended with -11"
+        assert {*names, "output.txt"} == set(os.listdir(tmp_path / "kept"))
+
+    def test_it_ends_what_hangs(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(strangers, "SECONDS", 0.5)
+        found = self.outcomes(tmp_path, "hang", "next")
+        assert found["hang"].verdict == "it hangs"
+        assert "next" not in found
+
+
+def reason(folder: Path, name: str, data: bytes) -> str:
+    """Return why a weight file is refused."""
+    (folder / name).write_bytes(data)
+    with pytest.raises(ValueError, match=name) as refused:
+        read_entries(folder / name)
+    return str(refused.value)
+
+
+class TestWeights:
+    @pytest.mark.parametrize(
+        ("name", "why"),
+        [
+            ("memo", "entry 'conv1.weight' is no tensor"),  # filled 16 GB: an index of four bytes
+            ("hash", "keys that are neither names nor numbers"),  # hashed 2⁴⁰ tuples: two in two in two …
+            ("names", "keys that are neither names nor numbers"),
+            ("global", "names something by what is no name"),
+            ("arguments", "calls something with what are no arguments"),  # copied a long tuple for minutes
+            ("repr", "missing 3 required"),  # was to be written into the error, 2⁴⁰ times
+            ("dup", "no need of pickle's DUP"),
+            ("dicts", "more than 1,000,000 operations"),
+            ("bytes8", "damaged"),  # asked for a terabyte at once
+            ("pops", "no need of pickle's POP"),
+            ("shape", "a tensor of shape"),
+            ("dimensions", "no shape and strides that a tensor can have"),
+            ("strides", "reaches beyond its 4 elements"),  # a terabyte of one element
+            ("negative", "negative"),
+        ],
+    )
+    def test_a_pickle_that_grows_is_refused_for_what_it_does(self, tmp_path, bombs, name, why):
+        name = f"{name}.pth"
+        assert why in reason(tmp_path, name, bombs["pickles that grow"][name])
+
+    @pytest.mark.parametrize(
+        ("group", "name", "why"),
+        [
+            ("tensors larger than their file", "shared.pth", "together are larger than its"),
+            ("tensors larger than their file", "claimed-legacy.pth", "not of the size it claims"),
+            ("pickles that grow", "keys.pth", "one of its storages has no name"),
+            ("zip bombs", "deflated.pth", "archive/data.pkl is compressed"),
+            ("zip bombs", "overlapping.pth", "members claim more bytes than it has"),
+            ("zip bombs", "member.pth", "members claim more bytes than it has"),
+        ],
+    )
+    def test_a_file_that_would_be_larger_in_memory_is_refused(self, tmp_path, bombs, group, name, why):
+        assert why in reason(tmp_path, name, bombs[group][name])
+
+    @pytest.mark.parametrize(
+        ("name", "why"),
+        [
+            ("seventy dimensions", "maximum supported dimension"),  # an error without the file's name
+            ("an empty product", "is no safetensors file"),  # the same
+            (
+                "a hundred megabytes",
+                "its header claims 99,000,002 bytes",
+            ),  # JSON made 2.4 GB of such a header
+        ],
+    )
+    def test_a_header_beyond_what_arrays_can_have_is_refused(self, tmp_path, name, why):
+        name = f"{name}.safetensors"
+        assert why in reason(tmp_path, name, attacks.lying_headers()[name])
+
+    def test_attributes_that_a_pickle_sets_change_nothing(self, tmp_path):
+        changed = attacks.storage() + b"}" + attacks.value("size") + attacks.value(9) + b"sb"
+        path = tmp_path / "attributes.pth"
+        path.write_bytes(attacks.zipped(attacks.pickled({"a": attacks.tensor(of=changed)})))
+        np.testing.assert_array_equal(read_entries(path)["a"], np.zeros(4, np.float32))
+
+    def test_two_tensors_or_members_of_one_name_are_refused(self, tmp_path):
+        both = attacks.pickled({"module.a": attacks.tensor(), "a": attacks.tensor()})
+        assert "differ in the prefix module. alone" in reason(tmp_path, "both.pth", attacks.zipped(both))
+        one = attacks.zipped(attacks.pickled({"a": attacks.tensor()}))
+        (tmp_path / "twice.pth").write_bytes(one)
+        with zipfile.ZipFile(tmp_path / "twice.pth", "a") as archive, pytest.warns(UserWarning, match="Dupl"):
+            archive.writestr("archive/data/0", bytes(16))
+        twice = (tmp_path / "twice.pth").read_bytes()
+        assert "two of its members have one name" in reason(tmp_path, "twice.pth", twice)
+
+    @pytest.mark.parametrize(
+        ("stem", "why"),
+        [
+            # A division by the width; arrays of every claimed size were made.
+            ((0, 3, 7, 7), "f has no numbers in conv1.weight"),
+            ((10**12, 3, 7, 0), "f has no numbers in conv1.weight"),
+            ((10**6, 1, 1, 1), r"f does not hold this network"),
+        ],
+    )
+    def test_a_stem_cannot_ask_for_a_network_of_any_width(self, stem, why):
+        entries = {"conv1.weight": np.zeros(stem, np.int8), "fc.weight": np.zeros((3, 4), np.float32)}
+        with pytest.raises(ValueError, match=why):
+            convert_entries(entries, "resnet18", source="f")
+
+
+class TestImages:
+    def test_a_jpeg_of_thousands_of_scans_is_refused_and_one_of_a_hundred_is_read(self):
+        assert decode(attacks.jpeg_of_scans(64, 100), "a").shape == (64, 64, 3)
+        with pytest.raises(DecodeError, match=r"^scans\.JPEG: more than 100 scans"):
+            decode(attacks.jpeg_of_scans(64, 101), "scans.JPEG")
+
+    def test_a_tile_may_be_larger_than_its_image_but_not_than_all_images(self):
+        whole = attacks.tiff(16, 16, 64, attacks.deflated(64 * 32))
+        assert decode(whole, "a").shape == (16, 16, 3)
+        with pytest.raises(DecodeError, match=r"^tile\.tiff: 800,000,000 pixels, more than"):
+            decode(attacks.tiff(16, 16, 40_000, attacks.deflated(1 << 20)), "tile.tiff")
