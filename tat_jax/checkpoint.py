@@ -329,11 +329,14 @@ class RunCheckpoints:
             like: a state of the same shapes, types and shardings.
 
         Raises:
-            ValueError: there are checkpoints, and none is of this training and can be read. None is moved.
+            ValueError: there are checkpoints, and none is of this training and can be read; or each process
+                finds others. None is moved.
         """
         wrong: dict[int, str] = {}
         found = None
-        for step in reversed(steps(self._run)):
+        there = steps(self._run)
+        self._agree(there[-1] if there else 0)
+        for step in reversed(there):
             folder = _checkpoints(self._run) / str(step)
             _, reason = _try_to_read(_read_evaluation, folder)
             if not reason and found is None:
@@ -345,7 +348,15 @@ class RunCheckpoints:
             raise ValueError(
                 "\n".join(["no checkpoint can be continued from; another --workdir starts anew:", *lines])
             )
+        self._agree(int(found[0].step) if found else 0)
         return Restored(*found, [self._set_aside(*item) for item in wrong.items()]) if found else None
+
+    def _agree(self, step: int) -> None:
+        """Raise a ValueError unless all processes say the same."""
+        if jax.process_count() > 1:
+            found = multihost_utils.process_allgather(np.array(step)).tolist()
+            if len(set(found)) > 1:
+                raise ValueError(f"processes find other checkpoints in {self._run}; its disk must be shared")
 
     def _set_aside(self, step: int, reason: str) -> str:
         """Move a checkpoint out of the way of those that follow, and return what to say of it."""

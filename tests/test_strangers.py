@@ -1,5 +1,6 @@
 """Files from strangers: read right or refused by name, in bounded time and memory; nothing is executed."""
 
+import io
 import os
 import signal
 import time
@@ -8,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fidelity.photographs import photographs
 from tat_jax.convert import convert_entries
 from tat_jax.data.transforms import DecodeError, decode
 from tat_jax.torch_file import read_entries
+from tests.images import encode, photograph
 from torture import attacks, strangers
 
 
@@ -191,6 +194,13 @@ class TestWeights:
 
 
 class TestImages:
+    def test_a_chroma_sampling_that_the_fast_reader_does_not_know_is_read_as_pillow_reads_it(self):
+        whole = encode(photograph(32, 32), subsampling=2)
+        other = whole.replace(b"\1\x22\0\2\x11\1", b"\1\x14\0\2\x11\1")  # 4:2:0 to 4:4:1
+        assert other != whole
+        expected = np.asarray(Image.open(io.BytesIO(other)).convert("RGB"))
+        np.testing.assert_array_equal(decode(other, "a.JPEG"), expected)
+
     def test_a_jpeg_of_thousands_of_scans_is_refused_and_one_of_a_hundred_is_read(self):
         assert decode(attacks.jpeg_of_scans(64, 100), "a").shape == (64, 64, 3)
         with pytest.raises(DecodeError, match=r"^scans\.JPEG: more than 100 scans"):

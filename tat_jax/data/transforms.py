@@ -48,8 +48,9 @@ def decode(
         raise DecodeError(f"{name}: the file is empty")
     if image.count(_SCAN) > _MAX_SCANS:
         raise DecodeError(f"{name}: more than {_MAX_SCANS} scans")
-    # Faster than Pillow, and the same pixels. What it refuses, or would warn of, is Pillow's to judge.
-    with contextlib.suppress(ValueError):
+    # Faster than Pillow, and the same pixels. What it refuses, warns of or does not know, as the sampling
+    # 4:4:1, is Pillow's to judge.
+    with contextlib.suppress(Exception):
         height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
         if height * width <= _MAX_PIXELS and colours in ("YCbCr", "Gray"):
             fits = memory is not None and 3 * height * width <= memory.size
@@ -64,14 +65,12 @@ def decode(
                 int(tags.get(side, 0)) for side in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)
             )
             tile = math.prod(sides)
-            if 0 < pixels <= _MAX_PIXELS and tile <= _MAX_PIXELS:  # a tile may be larger than the image
+            if pixels <= _MAX_PIXELS and tile <= _MAX_PIXELS:  # a tile may be larger than the image
                 return np.asarray(opened.convert("RGB"))
     except Image.UnidentifiedImageError:
         raise DecodeError(f"{name}: not an image; it begins with {image[:16]!r}") from None
     except Exception as error:
         raise DecodeError(f"{name}: {error}") from error
-    if not pixels:
-        raise DecodeError(f"{name}: no pixels")
     raise DecodeError(f"{name}: {max(pixels, tile):,} pixels, more than the {_MAX_PIXELS:,} allowed")
 
 
