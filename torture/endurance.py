@@ -15,13 +15,13 @@ from tat_jax.metrics import read_rows
 from torture.fault import Fault
 from torture.small_run import Run
 
-# All of the embedded digits, with evaluations and checkpoints often enough to show what they leave behind.
+# All of the embedded digits; an evaluation about every minute, and a checkpoint besides that at twice that.
 _OPTIONS = (
     "--config.data.labels_per_class=100",
     "--config.epochs=100000",
-    "--config.eval_every=4",
-    "--config.log_every=20",
-    "--config.checkpoint_minutes=0.5",
+    "--config.eval_every=60",
+    "--config.log_every=200",
+    "--config.checkpoint_minutes=2",
 )
 _EVERY = 5.0  # seconds between two looks
 _ALLOWED = 0.05  # of memory and speed
@@ -93,7 +93,7 @@ def draw(recorded: Record, path: Path) -> None:
     """Draw memory, files and speed over the time."""
     figure = Figure(figsize=(13, 3.5), layout="constrained")
     minutes = recorded.seconds / 60
-    of_rows = np.linspace(0, minutes[-1], len(recorded.speed))
+    of_rows = np.linspace(0, minutes[-1], len(recorded.speed))  # about: rows come evenly
     for axes, x, y, label in zip(
         figure.subplots(1, 3),
         (minutes, minutes, of_rows),
