@@ -13,7 +13,7 @@ from tat_jax import checkpoint, sharding
 from tat_jax.distill import TrainState
 from tat_jax.task import prepare
 from torture.fault import Fault
-from torture.small_run import STEPS, Run, differences, finish, small_config
+from torture.small_run import STEPS, Run, contents, differences, finish, small_config
 
 EPOCHS = "--config.epochs=4"
 # Room for no checkpoint, for part of the first, and for one or two.
@@ -51,7 +51,7 @@ def _full(folder: Path, whole: Path, size: str) -> Fault:
     """Run in a disk of a size until it is full, then make room and run on."""
     run = _run_isolated(folder, f"mount -t tmpfs -o size={size} none {folder}/disk")
     wrong = _refused(run, "cannot save a checkpoint in", "No space left", "make room")
-    kept = _steps(folder / "kept" / "run")
+    kept = checkpoint.steps(folder / "kept" / "run")
     finish(folder / "kept" / "run", EPOCHS)
     wrong += differences(folder / "kept" / "run", whole)
     lost = f"nothing; continued from step {kept[-1] if kept else 0}"
@@ -64,10 +64,10 @@ def _read_only(folder: Path, whole: Path) -> Fault:
     wrong = _refused(new, "cannot write in", "Read-only file system", "another --workdir")
     shutil.copytree(whole, folder / "disk" / "run")
     shutil.rmtree(folder / "disk" / "run" / "checkpoints" / str(4 * STEPS))
-    before = _contents(folder / "disk")
+    before = contents(folder / "disk")
     bound = f"mount --bind {folder}/disk {folder}/disk && mount -o remount,ro,bind {folder}/disk"
     wrong += _refused(_run_isolated(folder, bound), "cannot write in", "Read-only file system")
-    if _contents(folder / "disk") != before:
+    if contents(folder / "disk") != before:
         wrong.append("something was written")
     finish(folder / "disk" / "run", EPOCHS)
     wrong += differences(folder / "disk" / "run", whole)
@@ -77,7 +77,7 @@ def _read_only(folder: Path, whole: Path) -> Fault:
 def _deleted(folder: Path) -> Fault:
     """Delete the folder of a run that is at work."""
     run = Run(folder / "run", "--config.epochs=1000")
-    run.wait_until(lambda: _steps(run.folder))
+    run.wait_until(lambda: checkpoint.steps(run.folder))
     run.folder.rename(folder / "moved")  # gone at once, as no deletion is
     shutil.rmtree(folder / "moved")
     run.wait()
@@ -90,14 +90,14 @@ def _deleted(folder: Path) -> Fault:
 def _damaged_and_continued(folder: Path, whole: Path) -> Fault:
     """Flip a bit in the arrays of the latest checkpoint, and run on."""
     shutil.copytree(whole, folder)
-    latest = folder / "checkpoints" / str(_steps(folder)[-1])
+    latest = folder / "checkpoints" / str(checkpoint.steps(folder)[-1])
     arrays = max((latest / "training").rglob("*"), key=lambda path: path.stat().st_size)
     _damage(arrays, DAMAGES[0], np.random.default_rng(0))
     said = finish(folder, EPOCHS)
     wrong = differences(folder, whole)
     if not ("cannot be read" in said and (folder / "damaged" / latest.name).is_dir()):
         wrong.append("the damage was not told, or not kept")
-    lost = f"nothing; {4 * STEPS - _steps(whole)[-2]} steps computed anew"
+    lost = f"nothing; {4 * STEPS - checkpoint.steps(whole)[-2]} steps computed anew"
     return Fault("bit flipped in a checkpoint, run again", 1, int(not wrong), "; ".join(wrong) or lost)
 
 
@@ -108,7 +108,7 @@ def damaged_checkpoints(whole: Path, *, files: int | None = None) -> list[Fault]
     """
     rng = np.random.default_rng(0)
     like = _like()
-    good = {step: _read(whole, step, like) for step in _steps(whole)}
+    good = {step: _read(whole, step, like) for step in checkpoint.steps(whole)}
     *_, before, latest = good
     names = [p for p in sorted((whole / "checkpoints" / str(latest)).rglob("*")) if p.is_file()]
     if files is not None:
@@ -176,15 +176,6 @@ def _refused(run: Run, *said: str) -> list[str]:
 
 def _lost(wrong: list[str]) -> str:
     return "; ".join(wrong) or "nothing"
-
-
-def _steps(run: Path) -> list[int]:
-    found = (run / "checkpoints").glob("*")
-    return sorted(int(path.name) for path in found if path.name.isdigit())
-
-
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def _like() -> TrainState:

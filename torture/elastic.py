@@ -8,7 +8,7 @@ from pathlib import Path
 from fidelity.claim import largest_relative_error
 from fidelity.devices import SINGLE
 from torture.fault import Fault
-from torture.small_run import Run, finish, rows
+from torture.small_run import Run, contents, finish, rows
 
 _ROUNDING = 5e-6  # float32, relative, over 20 steps
 _TAKEN = {
@@ -55,13 +55,13 @@ def _stop_after(run: Run, steps: int) -> None:
 def _configs(folder: Path) -> list[Fault]:
     run = folder / "configs"
     finish(run, "--config.epochs=2")
-    before = _contents(run)
+    before = contents(run)
     wrong = []
     for option, difference in _REFUSED.items():
         refused = Run(run, "--config.epochs=2", option)
         if refused.wait() != 1 or difference not in refused.output or "Traceback" in refused.output:
             wrong.append(f"{option}: {refused.output[-300:]}")
-    if _contents(run) != before:
+    if contents(run) != before:
         wrong.append("something was written")
     taken = finish(run, *_TAKEN)
     missing = [difference for difference in _TAKEN.values() if difference not in taken]
@@ -83,7 +83,3 @@ def _configs(folder: Path) -> list[Fault]:
 
 def _losses(folder: Path) -> list[float]:
     return [row["train/loss"] for row in rows(folder) if "train/loss" in row]
-
-
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tat_jax import checkpoint
 from tat_jax.metrics import read_rows
 from torture.fault import Fault
 from torture.small_run import STEPS, Run, differences, finish
@@ -78,4 +79,4 @@ def _last_step(folder: Path) -> int:
 
 
 def _saved_step(folder: Path) -> int:
-    return max((int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdigit()), default=0)
+    return max(checkpoint.steps(folder), default=0)

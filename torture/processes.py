@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fidelity.claim import largest_relative_error
 from fidelity.devices import SINGLE, free_port
+from tat_jax import checkpoint
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.sources import open_source
 from torture.fault import Fault
@@ -126,7 +127,7 @@ def _killed(folder: Path, victim: int) -> Fault:
         for run in _start(whole, by_address(2, folder), option):
             run.wait()
     runs = _start(killed, by_address(2, folder), option)
-    runs[0].wait_until(lambda: [p for p in (killed / "checkpoints").glob("*") if p.name.isdigit()])
+    runs[0].wait_until(lambda: checkpoint.steps(killed))
     runs[victim].process.send_signal(signal.SIGKILL)
     began = time.monotonic()
     survivor = runs[1 - victim]

@@ -136,6 +136,11 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder."""
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def differences(folder: Path, other: Path) -> list[str]:
     """Return in what two runs differ: arrays of the last and the best checkpoint bit by bit, and rows."""
     found = []
