@@ -1,6 +1,7 @@
 """A disk that is full, cannot be written, loses a folder, or changes a checkpoint."""
 
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,6 +23,11 @@ DAMAGES = ("one bit flipped", "cut in half", "emptied", "removed")
 # In a name space of its own, which an ordinary user may have, too: as root, and with mounts of its own. What
 # lies there afterwards is copied to where others see it.
 _ISOLATED = ("unshare", "--map-root-user", "--mount", "sh", "-c")
+
+
+def can_isolate() -> bool:
+    """Return whether this machine lets its users mount in a name space of their own."""
+    return subprocess.run([*_ISOLATED, "mount -t tmpfs none /mnt"], check=False).returncode == 0
 
 
 def faults() -> list[Fault]:
