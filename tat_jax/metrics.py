@@ -160,7 +160,7 @@ class StepLog:
     @property
     def position(self) -> dict[str, Any]:
         """Return what continues the log: how many steps were left out, and those since the last row."""
-        return {"left_out": self._left_out, "rows": self._rows}
+        return {"left_out": self._left_out, "rows": list(self._rows)}  # a save writes it while steps go on
 
     def add(self, metrics: Mapping[str, Any], step: int, *, images: int) -> None:
         """Take the measurements of the step that led from `step` to `step` + 1 over so many images.

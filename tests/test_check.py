@@ -348,12 +348,14 @@ def test_every_training_of_a_study_is_checked_under_a_random_teacher(monkeypatch
 
 
 def test_a_folder_says_what_would_continue_and_one_of_another_run_fails(tmp_path, capsys):
-    networks = {"student": tiny(4), "teacher": tiny(8)}
-    train.run(config_of(), tmp_path, **networks)
-    assert check.run(config_of(epochs=2), tmp_path, **networks)
+    def networks():
+        return {"student": tiny(4), "teacher": tiny(8)}
+
+    train.run(config_of(), tmp_path, **networks())
+    assert check.run(config_of(epochs=2), tmp_path, **networks())
     found = findings(capsys.readouterr().out)["folder"]
     assert re.search(r"continues from step 2; .* free\nchanged: epochs: 1 there, 2 now$", found)
-    assert not check.run(config_of(batch_size=8), tmp_path, **networks)
+    assert not check.run(config_of(batch_size=8), tmp_path, **networks())
     found = findings(capsys.readouterr().out)
     assert failed(found) == ["folder"]
     assert "batch_size: 16 there, 8 now" in found["folder"]

@@ -16,7 +16,7 @@ from configs import base, digits, r18_r34, r18_r34_ce, r18_r34_kd, r18_r34_scrat
 from tat_jax import checkpoint, evaluate, study, train
 from tat_jax.data.pipeline import open_pipeline
 from tat_jax.distill import normalize
-from tat_jax.metrics import read_rows
+from tat_jax.metrics import MetricWriter, StepLog, progress, read_rows
 from tests.tiny import Tiny
 
 
@@ -231,6 +231,17 @@ def test_a_row_over_steps_before_and_after_a_stop_is_that_of_a_run_without(tmp_p
     run(config_of(epochs=2, log_every=2), tmp_path / "stopped")
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
     assert [row["step"] for row in read_rows(tmp_path / "whole") if "train/loss" in row] == [2, 4, 6]
+
+
+def test_what_is_to_be_saved_of_a_log_stays_as_it_was_while_steps_go_on(tmp_path):
+    with progress(3, description="", show=False) as bar:
+        log = StepLog(MetricWriter(tmp_path, 0, active=False), bar, 10, describe=str)
+        log.add({"loss": np.float32(1)}, 0, images=1)
+        log.flush()
+        position = log.position
+        log.add({"loss": np.float32(2)}, 1, images=1)
+        log.flush()
+    assert position["rows"] == [{"loss": 1.0}]
 
 
 def test_a_folder_where_a_run_is_at_work_is_refused(tmp_path):

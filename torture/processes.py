@@ -133,6 +133,7 @@ def _killed(folder: Path, victim: int) -> Fault:
     survivor = runs[1 - victim]
     code = survivor.wait()
     seconds = time.monotonic() - began
+    runs[victim].wait()
     wrong = [] if code and seconds < 60 else [f"code {code} after {seconds:.0f} s"]
     if "Traceback" in survivor.output:
         wrong.append("a stack trace")
