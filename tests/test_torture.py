@@ -15,11 +15,11 @@ def assert_survived(faults):
 
 
 def test_a_run_that_was_killed_anywhere_equals_the_uninterrupted_one():
-    assert_survived(kill.faults(epochs=5, phases=kill.PHASES))
+    assert_survived(kill.faults(kill.PHASES, epochs=12))
 
 
 def test_sigterm_and_ctrl_c_save_and_end_and_a_second_one_leaves_at_once():
-    assert_survived(preemption.faults(preemption.SIGNALS, epochs=5))
+    assert_survived(preemption.faults(preemption.SIGNALS, epochs=12))
 
 
 def test_other_devices_continue_a_run_and_other_configs_are_shown_taken_or_refused():

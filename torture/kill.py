@@ -18,7 +18,7 @@ _PHASES = {"start-up": 4.0, "a step": 0.3, "a save": 0.05, "an evaluation": 0.3}
 PHASES = tuple(_PHASES)
 
 
-def faults(phases: Sequence[str] = PHASES * 5, *, epochs: int = 16, seed: int = 0) -> list[Fault]:
+def faults(phases: Sequence[str] = PHASES * 5, *, epochs: int = 40, seed: int = 0) -> list[Fault]:
     """Kill a run once in each of `phases`, finish it, and compare it with one that nothing interrupted.
 
     All kills are of one run, so that each is survived only if all are.

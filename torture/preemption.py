@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _GRACE = 30.0  # seconds
 
 
-def faults(signals: Sequence[int] = SIGNALS * 4, *, epochs: int = 8, seed: int = 0) -> list[Fault]:
+def faults(signals: Sequence[int] = SIGNALS * 4, *, epochs: int = 24, seed: int = 0) -> list[Fault]:
     """Stop a run by each of `signals` at a random moment, once more by two, and finish it."""
     rng = np.random.default_rng(seed)
     option = f"--config.epochs={epochs}"
