@@ -152,11 +152,10 @@ def differences(folder: Path, other: Path) -> list[str]:
         for item in ("student", "training"):
             trees = [checkpoint.load_item(path / item) for path in (ours, theirs)]
             leaves = [jax.tree_util.tree_leaves_with_path(tree) for tree in trees]
-            found += [
-                f"{which.__name__} checkpoint: {item}{jax.tree_util.keystr(path)}"
-                for (path, a), (_, b) in zip(*leaves, strict=True)
-                if not np.array_equal(a, b)
-            ]
+            wrong = [path for (path, a), (_, b) in zip(*leaves, strict=True) if not np.array_equal(a, b)]
+            if wrong:
+                first = f"{item}{jax.tree_util.keystr(wrong[0])}"
+                found.append(f"{which.__name__} checkpoint: {first} and {len(wrong) - 1} more arrays")
     if rows(folder) != rows(other):
         found.append("rows of metrics.jsonl")
     return found
