@@ -26,15 +26,18 @@ class MetricWriter:
     Args:
         folder: the run's folder.
         step: the step from which the run continues.
+        evaluated: keep the evaluation of that step, too, which else is done again.
         active: write at all; of several processes only one does.
     """
 
-    def __init__(self, folder: Path, step: int, *, active: bool = True):
+    def __init__(self, folder: Path, step: int, *, evaluated: bool = True, active: bool = True):
         self._folder, self._step, self._active = folder, step, active
         if not active:
             return
         path = folder / "metrics.jsonl"
         kept = [row for row in read_rows(folder) if row["step"] <= step]
+        if not evaluated:
+            kept = [row for row in kept if row["step"] < step or "eval/top1" not in row]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         temporary.replace(path)

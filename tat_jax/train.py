@@ -135,7 +135,7 @@ def run(
         done = step // steps * images + step % steps * config.batch_size
         with (
             progress(config.epochs * images, initial=done, description=folder.name, show=show) as bar,
-            MetricWriter(folder, step, active=show) as writer,
+            MetricWriter(folder, step, evaluated=evaluated, active=show) as writer,
         ):
             log = StepLog(
                 writer,
@@ -189,6 +189,7 @@ def run(
                         raise Interrupted(f"stopped at step {step} of {last_step}", stop)
                     checkpoints.check()
                 if not evaluated:
+                    signals.listen()  # of a run that continues with its evaluation
                     log.flush()
                     try:
                         accuracy = evaluate(

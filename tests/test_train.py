@@ -225,6 +225,14 @@ def test_a_run_that_was_stopped_during_an_evaluation_does_that_again(tmp_path, u
     assert_same_run(tmp_path, uninterrupted)
 
 
+def test_an_evaluation_that_no_checkpoint_knows_of_is_not_logged_twice(tmp_path):
+    rows = [{"step": 3, "train/loss": 1.0}, {"step": 3, "eval/top1": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for evaluated, kept in ((True, rows), (False, rows[:1])):
+        with MetricWriter(tmp_path, 3, evaluated=evaluated):
+            assert read_rows(tmp_path) == kept
+
+
 def test_a_row_over_steps_before_and_after_a_stop_is_that_of_a_run_without(tmp_path):
     run(config_of(epochs=2, log_every=2), tmp_path / "whole")
     run(config_of(epochs=1, log_every=2), tmp_path / "stopped")  # after three steps
