@@ -82,22 +82,30 @@ def start(layout: Layout, command: list[str], *, x64: bool = False) -> list[str]
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={layout.devices}",
         "PYTHONPATH": str(ROOT),
     }
-    if layout.processes > 1:
-        environment["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{free_port()}"
-        environment["JAX_NUM_PROCESSES"] = str(layout.processes)
+    of_processes = by_address(layout.processes) if layout.processes > 1 else [{}]
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / str(i) for i in range(layout.processes)]
         running = []
-        for i, output in enumerate(outputs):
-            own = environment | ({"JAX_PROCESS_ID": str(i)} if layout.processes > 1 else {})
+        for own, output in zip(of_processes, outputs, strict=True):
             with output.open("w") as file:
-                running.append(subprocess.Popen(command, env=own, stdout=file, stderr=subprocess.STDOUT))
+                running.append(
+                    subprocess.Popen(command, env=environment | own, stdout=file, stderr=subprocess.STDOUT)
+                )
         codes = [process.wait() for process in running]
         texts = [output.read_text() for output in outputs]
     for i, (code, text) in enumerate(zip(codes, texts, strict=True)):
         if code:
             raise RuntimeError(f"process {i} of {layout} ended with {code}:\n{text[-3000:]}")
     return texts
+
+
+def by_address(count: int) -> list[dict[str, str]]:
+    """Return the environment of each of `count` processes on this machine, as a person sets it."""
+    address = f"127.0.0.1:{free_port()}"
+    return [
+        {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
+        for i in range(count)
+    ]
 
 
 def free_port() -> int:

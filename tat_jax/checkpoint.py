@@ -7,13 +7,14 @@ let a run continue. A teacher is never saved. `network` and `data` hold the SHA-
 to, and of what they say themselves, so that one changed bit is seen when a checkpoint is read.
 """
 
+import contextlib
 import functools
 import gc
 import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
@@ -185,18 +186,29 @@ def _check_digest(arrays: Any, expected: str) -> None:
 
 def _try_to_read(read: Callable[..., T], *arguments: Any) -> tuple[T | None, str]:
     """Return what a function returns, and why it did not where it raised."""
-    # Of each read beside one that fails, which Orbax abandons, Python would print a stack trace.
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    logging.getLogger("asyncio").disabled = True
+    with _abandoned_unheard():
+        try:
+            return read(*arguments), ""
+        except Exception as error:  # Orbax raises whatever its storage layers raise.
+            return None, _reason(error)
+
+
+@contextlib.contextmanager
+def _abandoned_unheard() -> Iterator[None]:
+    """Print no stack trace of each read and write that Orbax abandons beside one that fails."""
+    hook, log = sys.unraisablehook, logging.getLogger("asyncio")
+    disabled, log.disabled = log.disabled, True
+
+    def unless_abandoned(raised: "sys.UnraisableHookArgs") -> None:
+        if str(raised.exc_value) != "Event loop is closed":
+            hook(raised)
+
+    sys.unraisablehook = unless_abandoned
     try:
-        return read(*arguments), ""
-    except Exception as error:  # Orbax raises whatever its storage layers raise.
-        wrong = _reason(error)
+        yield
     finally:
         gc.collect()
-        sys.unraisablehook = hook
-        logging.getLogger("asyncio").disabled = False
-    return None, wrong
+        sys.unraisablehook, log.disabled = hook, disabled
 
 
 def _reason(error: BaseException) -> str:
@@ -232,6 +244,7 @@ class RunCheckpoints:
 
     def __init__(self, folder: Path):
         self._run = folder
+        self._open = contextlib.ExitStack()
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
@@ -249,19 +262,21 @@ class RunCheckpoints:
         )
 
     def __enter__(self) -> Self:
+        self._open.enter_context(_abandoned_unheard())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         lost = isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
-        if lost or "_manager" not in self.__dict__:
-            return  # a process that is gone would be waited for
-        try:
-            self._manager.close()
-        except Exception as failure:  # Orbax raises whatever its storage layers raise.
-            if error is None:
-                raise self._not_saved(failure) from failure
+        with self._open:
+            if lost or "_manager" not in self.__dict__:
+                return  # a process that is gone would be waited for
+            try:
+                self._manager.close()
+            except Exception as failure:  # Orbax raises whatever its storage layers raise.
+                if error is None:
+                    raise self._not_saved(failure) from failure
 
     def save(
         self,

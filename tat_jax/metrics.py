@@ -64,6 +64,7 @@ class MetricWriter:
     ) -> None:
         if self._active:
             self._lines.close()
+        if "_events" in self.__dict__:  # something was written
             with contextlib.suppress(OSError):  # of a full disk, which `write` has told
                 self._events.close()
 

@@ -28,21 +28,32 @@ def test_other_devices_continue_a_run_and_other_configs_are_shown_taken_or_refus
 
 @pytest.mark.parametrize("start", ["2 processes as on SLURM", "2 processes as on a TPU pod"])
 def test_processes_find_each_other(start):
-    assert_survived(processes.faults(starts=(start,), victims=()))
+    assert_survived(processes.start_faults((start,)))
+
+
+def test_each_of_two_processes_names_its_own_half_of_a_batch_that_is_no_number():
+    assert_survived([processes.share_fault()])
 
 
 def test_when_one_process_dies_the_other_ends_and_both_continue_exactly():
-    assert_survived(processes.faults(starts=(), victims=(1,)))
+    assert_survived(processes.kill_faults((1,)))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Return the folder of a run that met nothing."""
+    folder = tmp_path_factory.mktemp("disk") / "whole"
+    finish(folder, disk.EPOCHS)
+    return folder
 
 
 @pytest.mark.skipif(not disk.can_isolate(), reason="this machine lets nobody mount a small disk")
-def test_a_disk_that_is_full_or_read_only_or_loses_the_folder_costs_no_good_checkpoint():
-    assert_survived(disk.run_faults(sizes=("3m",)))
+def test_a_disk_that_is_full_or_read_only_or_loses_the_folder_costs_no_good_checkpoint(whole):
+    assert_survived(disk.run_faults(whole, sizes=("300k", "3m")))
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(tmp_path):
-    finish(tmp_path / "whole", disk.EPOCHS)
-    assert_survived(disk.damaged_checkpoints(tmp_path / "whole", files=8))
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(whole):
+    assert_survived(disk.damaged_checkpoints(whole, files=8))
 
 
 def test_memory_files_and_speed_that_change_in_a_long_run_are_seen():

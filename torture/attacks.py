@@ -492,16 +492,15 @@ def _webp(width: int, height: int) -> bytes:
 
 def tiff(width: int, height: int, tile: int, data: bytes) -> bytes:
     """Return a grey, deflated TIFF; with `tile`, of one tile of that width and half that height."""
+    count = 10 if tile else 9
+    begin = 8 + 2 + 12 * count + 4
     tags = [(256, 4, width), (257, 4, height), (258, 3, 8), (259, 3, 8), (262, 3, 1), (277, 3, 1)]
-    place = (
-        [(322, 4, tile), (323, 4, tile // 2), (324, 4, None)] if tile else [(273, 4, None), (278, 4, height)]
-    )
-    tags += [*place, (325 if tile else 279, 4, len(data))]  # type: ignore[list-item]
-    begin = 8 + 2 + 12 * len(tags) + 4
-    entries = [
-        struct.pack("<HHII", tag, kind, 1, begin if x is None else x)
-        for tag, kind, x in sorted(tags, key=lambda t: t[0])
-    ]
+    if tile:
+        tags += [(322, 4, tile), (323, 4, tile // 2), (324, 4, begin), (325, 4, len(data))]
+    else:
+        tags += [(273, 4, begin), (278, 4, height), (279, 4, len(data))]
+    entries = [struct.pack("<HHII", tag, kind, 1, x) for tag, kind, x in sorted(tags)]
+    assert len(entries) == count
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(entries) + bytes(4) + data
 
 

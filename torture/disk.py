@@ -35,19 +35,18 @@ def faults() -> list[Fault]:
     with tempfile.TemporaryDirectory() as temporary:
         whole = Path(temporary) / "whole"
         finish(whole, EPOCHS)
-        return [*run_faults(), *damaged_checkpoints(whole)]
+        return [*run_faults(whole), *damaged_checkpoints(whole)]
 
 
-def run_faults(*, sizes: Sequence[str] = SIZES) -> list[Fault]:
+def run_faults(whole: Path, *, sizes: Sequence[str] = SIZES) -> list[Fault]:
     """Bring about what a run meets.
 
     Args:
+        whole: a run that met nothing.
         sizes: of disks that run full, as mount takes them.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        whole = folder / "whole"
-        finish(whole, EPOCHS)
         found = [_full(folder / size, whole, size) for size in sizes]
         found += [_read_only(folder / "read-only", whole), _deleted(folder / "deleted")]
         return [*found, _damaged_and_continued(folder / "continued", whole)]
@@ -77,7 +76,8 @@ def _read_only(folder: Path, whole: Path) -> Fault:
         wrong.append("something was written")
     finish(folder / "disk" / "run", EPOCHS)
     wrong += differences(folder / "disk" / "run", whole)
-    return Fault("read-only folder, new or of a run, then writable", 2, 0 if wrong else 2, _lost(wrong))
+    lost = "; ".join(wrong) or "nothing"
+    return Fault("read-only folder, new or of a run, then writable", 2, 0 if wrong else 2, lost)
 
 
 def _deleted(folder: Path) -> Fault:
@@ -176,12 +176,9 @@ def _refused(run: Run, *said: str) -> list[str]:
     wrong = [] if run.process.returncode == 1 else [f"code {run.process.returncode}: {run.output[-300:]}"]
     wrong += [f"not said: {text}" for text in said if text not in run.output]
     if "Traceback" in run.output:
-        wrong.append("a stack trace")
+        last = next(line for line in run.output.split("Traceback")[1].splitlines()[1:] if line[:1] != " ")
+        wrong.append(f"a stack trace: {last}")
     return wrong
-
-
-def _lost(wrong: list[str]) -> str:
-    return "; ".join(wrong) or "nothing"
 
 
 def _like() -> TrainState:

@@ -7,42 +7,28 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fidelity.claim import largest_relative_error
-from fidelity.devices import SINGLE, free_port
+from fidelity.devices import ROOT, SINGLE, by_address, free_port
 from tat_jax import checkpoint
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.sources import open_source
 from torture.fault import Fault
-from torture.small_run import ROOT, Run, differences, finish, rows, small_config
+from torture.small_run import Run, differences, finish, rows, small_config
 
 Environments = list[dict[str, str]]
 _ROUNDING = 5e-6  # float32, relative
-_EPOCHS = "--config.epochs=2"
-# What makes JAX believe that it is on a TPU machine, where Python runs this before all else.
-_TPU_MACHINE = """
-import jax._src.clusters.cloud_tpu_cluster as pods, jax._src.clusters.cluster as clusters
-pods.running_in_cloud_tpu_vm = clusters.running_in_cloud_tpu_vm = True
-"""
+_EPOCHS, _KILLED_EPOCHS = "--config.epochs=2", "--config.epochs=6"
+# Holds a sitecustomize.py, which Python runs before all else.
+_TPU_MACHINE = Path(__file__).parent / "tpu_machine"
 
 
-def by_address(count: int, folder: Path) -> Environments:
-    """Return the environment of each process, as a person sets it."""
-    address = f"127.0.0.1:{free_port()}"
-    return [
-        {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
-        for i in range(count)
-    ]
-
-
-def as_slurm(count: int, folder: Path) -> Environments:
+def as_slurm(count: int) -> Environments:
     """Return the environment of each process, as `srun` sets it."""
     job = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count)}
     return [job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(count)]
 
 
-def as_tpu_pod(count: int, folder: Path) -> Environments:
+def as_tpu_pod(count: int) -> Environments:
     """Return the environment of each process, as the hosts of a TPU pod have it."""
-    (folder / "site").mkdir(exist_ok=True)
-    (folder / "site" / "sitecustomize.py").write_text(_TPU_MACHINE)
     pod = {
         "TPU_WORKER_HOSTNAMES": ",".join(["127.0.0.1"] * count),
         "TPU_SKIP_MDS_QUERY": "1",
@@ -51,11 +37,11 @@ def as_tpu_pod(count: int, folder: Path) -> Environments:
         "MEGASCALE_SLICE_ID": "0",
         "JAX_COORDINATOR_PORT": str(free_port()),
     }
-    path = f"{folder}/site:{ROOT}"
+    path = f"{_TPU_MACHINE}:{ROOT}"
     return [pod | {"TPU_WORKER_ID": str(i), "PYTHONPATH": path} for i in range(count)]
 
 
-STARTS: Mapping[str, tuple[Callable[[int, Path], Environments], int]] = {
+STARTS: Mapping[str, tuple[Callable[[int], Environments], int]] = {
     "2 processes by address": (by_address, 2),
     "4 processes by address": (by_address, 4),
     "2 processes as on SLURM": (as_slurm, 2),
@@ -63,14 +49,26 @@ STARTS: Mapping[str, tuple[Callable[[int, Path], Environments], int]] = {
 }
 
 
-def faults(starts: tuple[str, ...] = tuple(STARTS), victims: tuple[int, ...] = (0, 1)) -> list[Fault]:
-    """Start processes in each of the ways, and kill each of `victims`, numbers of processes of two."""
+def faults() -> list[Fault]:
+    """Start processes in every way, let a step of two fail, and kill either of two."""
+    return [*start_faults(tuple(STARTS)), share_fault(), *kill_faults((0, 1))]
+
+
+def start_faults(starts: tuple[str, ...]) -> list[Fault]:
+    """Start processes in each of the ways, and compare what they do with one process."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         finish(folder / "one", _EPOCHS, *SINGLE)
-        found = [_started(folder, start) for start in starts]
-        found.append(_shares(folder))
-        return found + [_killed(folder, victim) for victim in victims]
+        return [_started(folder, start) for start in starts]
+
+
+def kill_faults(victims: tuple[int, ...]) -> list[Fault]:
+    """Kill each of `victims`, numbers of processes of two, and compare what continues with two untouched."""
+    with tempfile.TemporaryDirectory() as temporary:
+        whole = Path(temporary) / "whole"
+        for run in _start(whole, by_address(2), _KILLED_EPOCHS):
+            run.wait()
+        return [_killed(Path(temporary) / f"killed_{victim}", whole, victim) for victim in victims]
 
 
 def _start(folder: Path, environments: Environments, *options: str) -> list[Run]:
@@ -80,7 +78,7 @@ def _start(folder: Path, environments: Environments, *options: str) -> list[Run]
 def _started(folder: Path, start: str) -> Fault:
     environments, count = STARTS[start]
     together = folder / start.replace(" ", "_")
-    runs = _start(together, environments(count, folder), _EPOCHS, *SINGLE)
+    runs = _start(together, environments(count), _EPOCHS, *SINGLE)
     codes = [run.wait() for run in runs]
     wrong = [f"process {i}: {code}: {runs[i].output[-300:]}" for i, code in enumerate(codes) if code]
     talkative = [i for i, run in enumerate(runs) if "images/s" in run.output or "top-1" in run.output]
@@ -96,13 +94,14 @@ def _started(folder: Path, start: str) -> Fault:
     return Fault(start, 1, int(not wrong), "; ".join(wrong) or lost)
 
 
-def _shares(folder: Path) -> Fault:
-    """Let a step fail, upon which each process writes down what it read."""
-    together = folder / "shares"
+def share_fault() -> Fault:
+    """Let a step of two processes fail, upon which each writes down what it read."""
     rate = ("--config.optimizer.name=sgd", "--config.optimizer.learning_rate=1e30")
-    runs = _start(together, by_address(2, folder), *rate)
-    codes = [run.wait() for run in runs]
-    shares = [path.read_text().split("\n")[:-1] for path in sorted(together.glob("step*_images.txt"))]
+    with tempfile.TemporaryDirectory() as temporary:
+        runs = _start(Path(temporary) / "shares", by_address(2), *rate)
+        codes = [run.wait() for run in runs]
+        written = sorted((Path(temporary) / "shares").glob("step*_images.txt"))
+        shares = [path.read_text().split("\n")[:-1] for path in written]
     config = small_config()
     whole = Pipeline(
         open_source(config.data, "train"),
@@ -112,21 +111,16 @@ def _shares(folder: Path) -> Fault:
         seed=config.seed,
         threads=0,
     )
-    step = int(next(together.glob("step*_images.txt")).name.removeprefix("step").split("_")[0])
+    step = int(written[0].name.removeprefix("step").split("_")[0])
     names = whole.names(0, step)
     held = codes == [1, 1] and shares == [names[: len(names) // 2], names[len(names) // 2 :]]
     lost = "nothing; each names its own half of the batch" if held else f"codes {codes}, shares {shares}"
     return Fault("a loss that is no number, in 2 processes", 1, int(held), lost)
 
 
-def _killed(folder: Path, victim: int) -> Fault:
+def _killed(killed: Path, whole: Path, victim: int) -> Fault:
     """Kill one of two processes when a checkpoint has been saved, and run both again."""
-    whole, killed = folder / "whole_of_two", folder / f"killed_{victim}"
-    option = "--config.epochs=6"
-    if not whole.exists():
-        for run in _start(whole, by_address(2, folder), option):
-            run.wait()
-    runs = _start(killed, by_address(2, folder), option)
+    runs = _start(killed, by_address(2), _KILLED_EPOCHS)
     runs[0].wait_until(lambda: checkpoint.steps(killed))
     runs[victim].process.send_signal(signal.SIGKILL)
     began = time.monotonic()
@@ -137,7 +131,7 @@ def _killed(folder: Path, victim: int) -> Fault:
     wrong = [] if code and seconds < 60 else [f"code {code} after {seconds:.0f} s"]
     if "Traceback" in survivor.output:
         wrong.append("a stack trace")
-    for run in (again := _start(killed, by_address(2, folder), option)):
+    for run in (again := _start(killed, by_address(2), _KILLED_EPOCHS)):
         run.wait()
     if "continues from step" not in again[0].output:
         wrong.append("started anew")

@@ -13,10 +13,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import r18_r34
+from fidelity.devices import ROOT
 from tat_jax import checkpoint
 from tat_jax.metrics import read_rows
 
-ROOT = Path(__file__).parents[1]
 MAIN = ROOT / "main.py"
 STEPS = 5  # an epoch
 # A log row for each step, and a checkpoint within nearly every epoch.
