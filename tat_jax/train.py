@@ -6,9 +6,10 @@ import fcntl
 import functools
 import json
 import os
+import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -117,7 +118,11 @@ def run(
     step_fn = jit_train_step(task, mesh)
     show = jax.process_index() == 0
 
-    with _only_run(folder), RunCheckpoints(folder) as checkpoints, _StopSignals() as signals:
+    with (
+        _only_run(folder) as check_is_there,
+        RunCheckpoints(folder) as checkpoints,
+        _StopSignals() as signals,
+    ):
         restored = checkpoints.restore(state)
         position: dict[str, Any] = restored.position if restored else {"images": images, "evaluated": True}
         if position["images"] != images:
@@ -158,7 +163,7 @@ def run(
                 log.flush()
                 if step != saved_step or metrics:
                     writer.sync()
-                    _check_is_there(folder)
+                    check_is_there()
                     where = {"epoch": step // steps, "batch": step % steps, "images": images}
                     checkpoints.save(
                         state,
@@ -283,16 +288,27 @@ class _StopSignals:
 
 
 @contextmanager
-def _only_run(folder: Path) -> Iterator[None]:
-    """Make the run's folder, and keep other runs out of it.
+def _only_run(folder: Path) -> Iterator[Callable[[], None]]:
+    """Make the run's folder, keep other runs out of it, and yield a check that it is still there.
 
     Raises:
-        OSError: it cannot be written, or its disk is full.
+        OSError: it cannot be written, its disk is full, or it was moved or deleted.
         ValueError: another run is at work in it.
     """
     try:
-        with _lock(folder) if jax.process_index() == 0 else contextlib.nullcontext():
-            yield
+        with _lock(folder) if jax.process_index() == 0 else contextlib.nullcontext(lambda: True) as is_there:
+
+            def check_is_there() -> None:
+                if not is_there():
+                    raise OSError(
+                        f"{folder} was moved or deleted while its run was at work: nothing more is saved"
+                    )
+
+            try:
+                yield check_is_there
+            except OSError:
+                check_is_there()
+                raise
     except OSError as error:
         # What comes of writing to an open file does not name it.
         is_of_folder = error.filename is None or str(error.filename).startswith(str(folder))
@@ -306,7 +322,8 @@ def _only_run(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def _lock(folder: Path) -> Iterator[Callable[[], bool]]:
+    """Make and lock a folder, and yield whether its path still leads to it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         try:
@@ -316,13 +333,21 @@ def _lock(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # not every disk has locks
                 raise
-        yield
+        locked = os.open(folder, os.O_RDONLY)
 
+        def is_there() -> bool:
+            try:
+                return os.path.samestat(os.fstat(locked), folder.stat())
+            except OSError:
+                return False
 
-def _check_is_there(folder: Path) -> None:
-    """Raise an OSError if a run's folder is not where it was; Orbax would make another without its log."""
-    if jax.process_index() == 0 and not (folder / "config.json").exists():
-        raise OSError(f"{folder} was moved or deleted while its run was at work: nothing more is saved")
+        try:
+            yield is_there
+        finally:
+            # What is moved away while Orbax saves, it makes anew; the next run would take that for its own.
+            if not is_there() and folder.is_dir() and [p.name for p in folder.iterdir()] == ["checkpoints"]:
+                shutil.rmtree(folder)
+            os.close(locked)
 
 
 def changes(config: ConfigDict, folder: Path) -> list[str]:

@@ -81,16 +81,17 @@ def _read_only(folder: Path, whole: Path) -> Fault:
 
 
 def _deleted(folder: Path) -> Fault:
-    """Delete the folder of a run that is at work."""
+    """Delete the folder of a run that is at work, in the middle of a save."""
     run = Run(folder / "run", "--config.epochs=1000")
     run.wait_until(lambda: checkpoint.steps(run.folder))
+    run.wait_until(lambda: any((run.folder / "checkpoints").glob("*tmp*")))
     run.folder.rename(folder / "moved")  # gone at once, as no deletion is
     shutil.rmtree(folder / "moved")
     run.wait()
     wrong = _refused(run, "was moved or deleted")
     if run.folder.exists():
         wrong.append("something was written in its place")
-    return Fault("folder deleted while training", 1, int(not wrong), "; ".join(wrong) or "what was deleted")
+    return Fault("folder deleted while saving", 1, int(not wrong), "; ".join(wrong) or "what was deleted")
 
 
 def _damaged_and_continued(folder: Path, whole: Path) -> Fault:
