@@ -112,14 +112,17 @@ def damaged_checkpoints(whole: Path, *, files: int | None = None) -> list[Fault]
     """Damage each file of the latest checkpoint of a run in each way, and read what is to be continued.
 
     What is read must be the latest state to the bit, or the one before, the damaged one being set aside.
+
+    Args:
+        whole: the run.
+        files: how many of the largest are damaged, the arrays first; else all.
     """
     rng = np.random.default_rng(0)
     like = _like()
     good = {step: _read(whole, step, like) for step in checkpoint.steps(whole)}
     *_, before, latest = good
-    names = [p for p in sorted((whole / "checkpoints" / str(latest)).rglob("*")) if p.is_file()]
-    if files is not None:
-        names = [names[i] for i in sorted(rng.choice(len(names), files, replace=False))]
+    names = [path for path in sorted((whole / "checkpoints" / str(latest)).rglob("*")) if path.is_file()]
+    names = sorted(names, key=lambda path: path.stat().st_size, reverse=True)[:files]
     found = []
     for damage in DAMAGES:
         survived, used_before = 0, 0
