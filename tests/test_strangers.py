@@ -162,6 +162,19 @@ class TestWeights:
         name = f"{name}.safetensors"
         assert why in reason(tmp_path, name, attacks.lying_headers()[name])
 
+    @pytest.mark.parametrize(
+        ("tensor", "why"),
+        [
+            (attacks.tensor(shape=(2, 2), strides=(3, 1)), "reaches beyond its 4 elements"),
+            (attacks.tensor(shape=(1,), offset=4), "reaches beyond its 4 elements"),
+            (attacks.tensor(of=attacks.storage(size=5)), "a storage of 5 elements has 16 bytes"),
+            (attacks.tensor(of=attacks.value(0)), "a tensor has no storage"),
+            (attacks.storage() + attacks.value("x") + b"\x85R", "it calls a _Storage"),
+        ],
+    )
+    def test_a_tensor_that_is_not_in_its_storage_is_refused(self, tmp_path, tensor, why):
+        assert why in reason(tmp_path, "tensor.pth", attacks.zipped(attacks.pickled({"a": tensor})))
+
     def test_attributes_that_a_pickle_sets_change_nothing(self, tmp_path):
         changed = attacks.storage() + b"}" + attacks.value("size") + attacks.value(9) + b"sb"
         path = tmp_path / "attributes.pth"
