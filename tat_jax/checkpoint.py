@@ -31,6 +31,7 @@ from tat_jax.distill import TrainState
 T = TypeVar("T")
 Weights = dict[str, Any]
 _NAMED = 30  # entries in an error
+_ABANDONED = ("Event loop is closed", "Encountered error while reading array index")  # what Python says of it
 _STUDENT = "student."  # where the student lies in what is trained
 
 
@@ -200,7 +201,7 @@ def _abandoned_unheard() -> Iterator[None]:
     disabled, log.disabled = log.disabled, True
 
     def unless_abandoned(raised: "sys.UnraisableHookArgs") -> None:
-        if str(raised.exc_value) != "Event loop is closed":
+        if not str(raised.exc_value).startswith(_ABANDONED):
             hook(raised)
 
     sys.unraisablehook = unless_abandoned

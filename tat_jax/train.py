@@ -344,10 +344,17 @@ def _lock(folder: Path) -> Iterator[Callable[[], bool]]:
         try:
             yield is_there
         finally:
-            # What is moved away while Orbax saves, it makes anew; the next run would take that for its own.
-            if not is_there() and folder.is_dir() and [p.name for p in folder.iterdir()] == ["checkpoints"]:
-                shutil.rmtree(folder)
+            if not is_there():
+                _remove_remade(folder)
             os.close(locked)
+
+
+def _remove_remade(folder: Path) -> None:
+    """Remove what Orbax made anew of a folder that was moved while it saved; a run would continue from it."""
+    for _ in range(10):  # two seconds, in which the writes that it abandoned come to their end
+        if folder.is_dir() and [path.name for path in folder.iterdir()] == ["checkpoints"]:
+            shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.2)
 
 
 def changes(config: ConfigDict, folder: Path) -> list[str]:

@@ -89,8 +89,8 @@ def _deleted(folder: Path) -> Fault:
     shutil.rmtree(folder / "moved")
     run.wait()
     wrong = _refused(run, "was moved or deleted")
-    if run.folder.exists():
-        wrong.append("something was written in its place")
+    if checkpoint.steps(run.folder):
+        wrong.append("a checkpoint was written in its place")
     return Fault("folder deleted while saving", 1, int(not wrong), "; ".join(wrong) or "what was deleted")
 
 
