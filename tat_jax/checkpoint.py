@@ -31,7 +31,6 @@ from tat_jax.distill import TrainState
 T = TypeVar("T")
 Weights = dict[str, Any]
 _NAMED = 30  # entries in an error
-_ABANDONED = ("Event loop is closed", "Encountered error while reading array index")  # what Python says of it
 _STUDENT = "student."  # where the student lies in what is trained
 
 
@@ -187,7 +186,7 @@ def _check_digest(arrays: Any, expected: str) -> None:
 
 def _try_to_read(read: Callable[..., T], *arguments: Any) -> tuple[T | None, str]:
     """Return what a function returns, and why it did not where it raised."""
-    with _abandoned_unheard():
+    with _abandoned_unheard(""):
         try:
             return read(*arguments), ""
         except Exception as error:  # Orbax raises whatever its storage layers raise.
@@ -195,13 +194,17 @@ def _try_to_read(read: Callable[..., T], *arguments: Any) -> tuple[T | None, str
 
 
 @contextlib.contextmanager
-def _abandoned_unheard() -> Iterator[None]:
-    """Print no stack trace of each read and write that Orbax abandons beside one that fails."""
+def _abandoned_unheard(said: str) -> Iterator[None]:
+    """Print no stack trace of each read and write that Orbax abandons beside one that fails.
+
+    Args:
+        said: how what Python says of one begins; all begins with "".
+    """
     hook, log = sys.unraisablehook, logging.getLogger("asyncio")
     disabled, log.disabled = log.disabled, True
 
     def unless_abandoned(raised: "sys.UnraisableHookArgs") -> None:
-        if not str(raised.exc_value).startswith(_ABANDONED):
+        if not str(raised.exc_value).startswith(said):
             hook(raised)
 
     sys.unraisablehook = unless_abandoned
@@ -263,7 +266,7 @@ class RunCheckpoints:
         )
 
     def __enter__(self) -> Self:
-        self._open.enter_context(_abandoned_unheard())
+        self._open.enter_context(_abandoned_unheard("Event loop is closed"))
         return self
 
     def __exit__(
