@@ -116,7 +116,7 @@ def test_the_best_and_the_two_latest_checkpoints_are_kept(tmp_path):
     assert checkpoint.best(tmp_path).name == "1"
 
 
-def test_of_what_python_cannot_raise_only_writes_that_orbax_abandons_are_unheard(tmp_path, monkeypatch):
+def test_of_what_python_cannot_raise_only_what_orbax_abandons_is_unheard(tmp_path, monkeypatch):
     class Raises:
         def __init__(self, message):
             self.message = message
@@ -129,8 +129,10 @@ def test_of_what_python_cannot_raise_only_writes_that_orbax_abandons_are_unheard
     with checkpoint.RunCheckpoints(tmp_path):
         Raises("Event loop is closed")
         Raises("another")
-    Raises("afterwards")
-    assert heard == ["another", "afterwards"]
+    Raises("after writing")
+    checkpoint._try_to_read(lambda: str(Raises("whatever it is")))
+    Raises("after reading")
+    assert heard == ["another", "after writing", "after reading"]
 
 
 def test_a_run_that_was_continued_after_an_epoch_equals_the_uninterrupted_one(tmp_path, uninterrupted):
