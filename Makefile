@@ -21,22 +21,22 @@ test: $(VENV)/installed-$(ACCELERATOR)-test
 # Measure every claim of docs/fidelity.md anew. PHOTOS: a folder of JPEG files. WEIGHTS: a folder of resnet18*
 # and resnet34* (.pth or .safetensors). Without them: pieces of scikit-learn's two photographs, random weights.
 fidelity: $(VENV)/installed-$(ACCELERATOR)-test
-	$(BIN)/python -m fidelity $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(WEIGHTS),--weights $(WEIGHTS))
+	$(BIN)/python -m proofs.fidelity $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
 # Ours and its rivals in turns; a table each, and the rows in runs/bench/. PHOTOS: a folder of JPEG files.
 bench: $(VENV)/installed-$(ACCELERATOR)-bench
 	mkdir -p runs/bench
-	$(BIN)/python -m bench.step --json runs/bench/step.json
-	$(BIN)/python -m bench.loss --json runs/bench/loss.json
-	$(BIN)/python -m bench.input $(if $(PHOTOS),--root $(PHOTOS)) --json runs/bench/input.json
-	$(BIN)/python -m bench.loop --json runs/bench/loop.json
-	$(BIN)/python -m bench.start --json runs/bench/start.json
-	$(BIN)/python -m bench.growth --input runs/bench/input.json --json runs/bench/growth.json --plot docs/growth.png
+	$(BIN)/python -m proofs.bench.step --json runs/bench/step.json
+	$(BIN)/python -m proofs.bench.loss --json runs/bench/loss.json
+	$(BIN)/python -m proofs.bench.input $(if $(PHOTOS),--root $(PHOTOS)) --json runs/bench/input.json
+	$(BIN)/python -m proofs.bench.loop --json runs/bench/loop.json
+	$(BIN)/python -m proofs.bench.start --json runs/bench/start.json
+	$(BIN)/python -m proofs.bench.growth --input runs/bench/input.json --json runs/bench/growth.json --plot docs/growth.png
 
 # Kill, fill the disk, hand over hostile files …, and say what survives, two hours long. PARTS: some of kill,
 # preemption, elastic, processes, disk, strangers, endurance.
 torture: $(VENV)/installed-$(ACCELERATOR)-test
-	$(BIN)/python -m torture $(if $(PHOTOS),--photos $(PHOTOS)) $(PARTS)
+	$(BIN)/python -m proofs.torture $(if $(PHOTOS),--photos $(PHOTOS)) $(PARTS)
 
 # Pack ImageNet once as tfds reads it: TARS holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
 imagenet: $(VENV)/installed-$(ACCELERATOR)-prepare

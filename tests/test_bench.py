@@ -6,17 +6,17 @@ import time
 
 import pytest
 
-from bench import input as bench_input
-from bench import loop, loss, sidebyside
-from bench.growth import Machine, estimate, plot
-from bench.sidebyside import Row, compare_times, table
-from bench.step import roofline
 from configs import r18_r34
-from fidelity.photographs import photographs
+from proofs.bench import input as bench_input
+from proofs.bench import loop, loss, sidebyside
+from proofs.bench.growth import Machine, estimate, plot
+from proofs.bench.sidebyside import Row, compare_times, table
+from proofs.bench.step import roofline
+from proofs.fidelity.photographs import photographs
 
 
 def test_the_loss_is_compared_at_once_and_beside_pytorch_and_written_as_json(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench.loss", "--json", str(tmp_path / "rows.json")])
+    monkeypatch.setattr(sys, "argv", ["proofs.bench.loss", "--json", str(tmp_path / "rows.json")])
     sidebyside.main(None, lambda: loss.measure_one(3, 8, 2, "float32"))
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["unit"] for row in rows] == ["MiB", "ms", "ms"]

@@ -4,9 +4,9 @@ import jax
 import pytest
 
 from configs import r18_r34
-from fidelity import collectives, counts, ddp, devices
-from fidelity.devices import Layout
-from fidelity.our_step import blank_rows, compile_step
+from proofs.fidelity import collectives, counts, ddp, devices
+from proofs.fidelity.devices import Layout
+from proofs.fidelity.our_step import blank_rows, compile_step
 from tat_jax import sharding
 from tests.claims import broken
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from fidelity import beside_pytorch, pixels, trajectories, weights
-from fidelity.claim import Claim, table
-from fidelity.photographs import photographs
+from proofs.fidelity import beside_pytorch, pixels, trajectories, weights
+from proofs.fidelity.claim import Claim, table
+from proofs.fidelity.photographs import photographs
 from tests.claims import broken
 
 

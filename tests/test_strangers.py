@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fidelity.photographs import photographs
+from proofs.fidelity.photographs import photographs
+from proofs.torture import attacks, strangers
 from tat_jax.convert import convert_entries
 from tat_jax.data.transforms import DecodeError, decode
 from tat_jax.torch_file import read_entries
 from tests.images import encode, photograph
-from torture import attacks, strangers
 
 
 @pytest.fixture(scope="module")

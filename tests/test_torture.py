@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from torture import disk, elastic, endurance, kill, preemption, processes
-from torture.fault import table
-from torture.small_run import finish
+from proofs.torture import disk, elastic, endurance, kill, preemption, processes
+from proofs.torture.fault import table
+from proofs.torture.small_run import finish
 
 
 def assert_survived(faults):

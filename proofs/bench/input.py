@@ -1,0 +1,206 @@
+"""Photographs to batches of 224² crops: ours beside Pillow in a torch DataLoader and beside tf.data.
+
+`python -m proofs.bench.input [--root FOLDER] [--json FILE]`. FOLDER holds JPEG files at any depth; without
+it, pieces of scikit-learn's two photographs. Each contender is a process of its own, and may use so many
+cores and no more.
+"""
+
+import argparse
+import functools
+import io
+import math
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from configs.base import base
+from proofs.bench.sidebyside import Row, compare_times, main
+from proofs.fidelity.photographs import photographs
+from proofs.fidelity.pixels import RATIO, SCALE, SIZE, crop_resize_and_flip, resize_and_centre_crop
+from tat_jax.data.pipeline import Pipeline
+from tat_jax.data.sources import Example
+from tat_jax.data.transforms import random_resized_crop_box
+
+BATCH = 64
+IMAGES = 1024  # an epoch at least; files are read again to fill it
+Files = tuple[str, ...]
+
+
+def measure(root: Path | None) -> list[Row]:
+    """Compare training crops on one core and on two, and evaluation on one."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = []
+        for i, photo in enumerate(photographs(root)):
+            paths.append(f"{folder}/{i}.jpg")
+            Path(paths[-1]).write_bytes(photo.jpeg)
+        files = tuple(paths * math.ceil(IMAGES / len(paths)))
+        beside = functools.partial(compare, files)
+        what = "training crops, one core"
+        rows = [
+            beside(f"{what}, beside torch", ours, torch_loader, bound=1.4),
+            beside(f"{what}, beside tf.data", ours, tf_data, bound=1.2),
+            beside("evaluation, one core, beside torch", ours, torch_loader, train=False, bound=1.0),
+        ]
+        if len(_cores()) > 1:
+            rows += [
+                beside("training crops, two cores, beside torch", ours, torch_loader, cores=(2, 2)),
+                beside("training crops, two cores beside one", ours, ours, cores=(2, 1), bound=1.8),
+            ]
+        return rows
+
+
+def ours(files: Files, cores: int, train: bool) -> None:
+    """Read an epoch by `tat_jax.data.pipeline`; on one core in the caller's thread, as torch does."""
+    for _ in _pipeline(files, 0 if cores == 1 else cores, train).epoch(0):
+        pass
+
+
+def torch_loader(files: Files, cores: int, train: bool) -> None:
+    """Read an epoch by a DataLoader in torchvision's way; on one core without workers, which is fastest."""
+    for _ in _torch_loader(files, 0 if cores == 1 else cores, train):
+        pass
+
+
+def tf_data(files: Files, cores: int, train: bool) -> None:
+    """Read an epoch of training crops by tf.data, which decodes only the crop, with antialias."""
+    for _ in _tf_data(files, cores):
+        pass
+
+
+class _Photographs:
+    """Files as a source of the pipeline and as a dataset of torch; labels are of no matter here."""
+
+    num_classes = 1
+
+    def __init__(self, files: Files):
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Example:
+        path = self._files[index]
+        with open(path, "rb") as file:
+            return Example(file.read(), 0, path)
+
+
+class _TorchPhotographs(Dataset):
+    def __init__(self, files: Files, train: bool):
+        self._photographs, self._train = _Photographs(files), train
+        self._rng = np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return len(self._photographs)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(np.array(self._transformed(index)))
+
+    def _transformed(self, index: int) -> np.ndarray:
+        image = Image.open(io.BytesIO(self._photographs[index].image)).convert("RGB")
+        if not self._train:
+            return resize_and_centre_crop(image)
+        box = random_resized_crop_box(image.height, image.width, self._rng, SCALE, RATIO)
+        return crop_resize_and_flip(image, box, self._rng.random() < 0.5)
+
+
+@functools.cache
+def _pipeline(files: Files, threads: int, train: bool) -> Pipeline:
+    return Pipeline(_Photographs(files), base().data, batch_size=BATCH, train=train, seed=0, threads=threads)
+
+
+@functools.cache
+def _torch_loader(files: Files, workers: int, train: bool) -> DataLoader:
+    torch.set_num_threads(1)
+    return DataLoader(
+        _TorchPhotographs(files, train),
+        BATCH,
+        shuffle=train,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+
+
+@functools.cache
+def _tf_data(files: Files, cores: int) -> Any:
+    # Imported here, because the other contenders' processes have no use for it.
+    os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", "CUDA_VISIBLE_DEVICES": "-1"}
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(cores)
+    tf.config.threading.set_inter_op_parallelism_threads(cores)
+
+    def read(path: Any) -> Any:
+        jpeg = tf.io.read_file(path)
+        begin, size, _ = tf.image.sample_distorted_bounding_box(
+            tf.image.extract_jpeg_shape(jpeg),
+            tf.zeros([0, 0, 4]),
+            area_range=SCALE,
+            aspect_ratio_range=RATIO,
+            max_attempts=10,
+            use_image_if_no_bounding_boxes=True,
+        )
+        crop = tf.image.decode_and_crop_jpeg(jpeg, tf.concat([begin[:2], size[:2]], 0), channels=3)
+        image = tf.image.resize(crop, (SIZE, SIZE), antialias=True)
+        return tf.image.random_flip_left_right(tf.cast(tf.round(image), tf.uint8))
+
+    data = tf.data.Dataset.from_tensor_slices(list(files)).shuffle(len(files))
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = cores
+    return data.map(read, num_parallel_calls=cores).batch(BATCH).with_options(options)
+
+
+def compare(
+    files: Files,
+    name: str,
+    contender: Callable[[Files, int, bool], None],
+    rival: Callable[[Files, int, bool], None],
+    *,
+    train: bool = True,
+    cores: tuple[int, int] = (1, 1),
+    bound: float | None = None,
+) -> Row:
+    """Compare epochs of two contenders on so many cores each."""
+    print(name, file=sys.stderr, flush=True)
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(1, spawn, _use_cores, (cores[0],)) as one,
+        ProcessPoolExecutor(1, spawn, _use_cores, (cores[1],)) as other,
+    ):
+        return compare_times(
+            name,
+            lambda: one.submit(contender, files, cores[0], train).result(),
+            lambda: other.submit(rival, files, cores[1], train).result(),
+            bound=bound,
+            images=len(files),
+            rounds=7,
+            seconds=60,
+        )
+
+
+def _cores() -> list[int]:
+    return (
+        sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1))
+    )
+
+
+def _use_cores(count: int) -> None:
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, _cores()[:count])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--root", type=Path, metavar="FOLDER", help="JPEG files at any depth")
+    main(__doc__, measure, parser)

@@ -1,0 +1,118 @@
+"""Real training beside its bare step: what input, metrics, progress and checkpoints cost.
+
+`python -m proofs.bench.loop [--json FILE]`. ResNet-34 → 18 at 224² and the miniature, with random weights, on
+embedded digits. The bare step's batch is on the device, and its metrics are read one step late, as in
+training, which saves a checkpoint every 45 seconds: 20 times as often as by default.
+"""
+
+import contextlib
+import io
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import jax
+from ml_collections import ConfigDict
+
+from configs import r18_r34
+from proofs.bench.sidebyside import Row, compare, main
+from proofs.fidelity.our_step import compile_step
+from tat_jax import train
+from tat_jax.data.pipeline import open_pipeline
+
+WARM_UP = 8  # steps that do not count: the first compiles, the first row opens its files
+
+
+def measure() -> list[Row]:
+    """Compare at full size and in miniature."""
+    on_gpu = jax.default_backend() == "gpu"
+    whole = r18_r34.get_config()
+    whole.update(
+        {"dtype": "bfloat16", "batch_size": 256} if on_gpu else {"dtype": "float32", "batch_size": 16}
+    )
+    whole.student.weights = whole.teacher.weights = "random"
+    whole.data.source = "digits"
+    small = r18_r34.get_config("smoke")
+    rows = []
+    with tempfile.TemporaryDirectory() as cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+        for name, config, steps, bound in (("224²", whole, 56, 0.97), ("miniature", small, 120, None)):
+            what = f"training, {name}, batch {config.batch_size}, beside its bare step"
+            print(what, file=sys.stderr, flush=True)
+            rows.append(measure_one(what, config, steps=steps, bound=bound))
+    return rows
+
+
+def measure_one(name: str, config: ConfigDict, *, steps: int, bound: float | None, rounds: int = 3) -> Row:
+    """Compare over so many steps after the warm-up, on as many images as that takes."""
+    config.bn_group = None
+    config.checkpoint_minutes = 0.75
+    config.log_every = 4
+    images = (WARM_UP + steps) * config.batch_size
+    config.data.labels_per_class = min(-(-images // 10), 100)
+    config.epochs = config.eval_every = -(-images // (10 * config.data.labels_per_class))
+    return compare(
+        name,
+        lambda: _training(config, steps),
+        _bare(config, steps),
+        bound=bound,
+        images=steps * config.batch_size,
+        warm_up=False,
+        rounds=rounds,
+    )
+
+
+def _training(config: ConfigDict, steps: int) -> float:
+    """Train, and return the seconds between the calls of two steps so far apart."""
+    calls: list[float] = []
+
+    def timed(*arguments: Any) -> Callable[..., Any]:
+        step = train_step(*arguments)
+
+        def call(*arguments: Any) -> Any:
+            calls.append(time.perf_counter())
+            return step(*arguments)
+
+        return call
+
+    train_step = train.jit_train_step
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(train, "jit_train_step", timed),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        train.run(config, folder)
+    return _seconds(calls, steps)
+
+
+def _bare(config: ConfigDict, steps: int) -> Callable[[], float]:
+    """Return a function that takes so many steps on one batch, and returns their seconds."""
+    data = open_pipeline(config, "train")
+    program, state, others = compile_step(
+        config, next(data.epoch(0)), devices=jax.device_count(), num_classes=data.source.num_classes
+    )
+
+    def call() -> float:
+        nonlocal state
+        calls: list[float] = []
+        before = None
+        for _ in range(WARM_UP + steps):
+            calls.append(time.perf_counter())
+            state, metrics = program(state, *others)
+            jax.device_get(before)
+            before = metrics
+        return _seconds(calls, steps)
+
+    return call
+
+
+def _seconds(calls: list[float], steps: int) -> float:
+    return calls[WARM_UP + steps - 1] - calls[WARM_UP - 1]
+
+
+if __name__ == "__main__":
+    main(__doc__, measure)

@@ -1,0 +1,95 @@
+"""The TaT loss with its gradients by query, key and value: ours, all scores at once, and PyTorch's.
+
+`python -m proofs.bench.loss [--json FILE]`. One image; memory is what the compiled program needs besides
+arguments and results.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from einops import rearrange
+
+from proofs.bench.sidebyside import Row, compare_bytes, compare_times, main
+from tat_jax.tat import target_aware_attention, tat_loss
+
+SIDES = (7, 32, 64, 129)  # 49, 1,024, 4,096 and 16,641 positions
+# Scores, weights and their gradients beyond this are not computed at once.
+_LARGEST = 5 * 2**29
+
+
+def measure() -> list[Row]:
+    """Compare every combination of positions, channels, heads and type."""
+    rows = []
+    for side in SIDES:
+        for channels in (256, 512):
+            for heads in (1, 8):
+                for dtype in ("float32", "bfloat16"):
+                    rows += measure_one(side, channels, heads, dtype)
+    return rows
+
+
+def measure_one(side: int, channels: int, heads: int, dtype: str) -> list[Row]:
+    """Compare one combination."""
+    what = f"{side**2:,} × {channels}, {heads} head{'s' if heads > 1 else ''}, {dtype}"
+    print(what, file=sys.stderr, flush=True)
+    rng = np.random.default_rng(0)
+    maps = [rng.normal(0, scale, (1, side, side, channels)).astype(np.float32) for scale in (0.3, 0.3, 1, 1)]
+    arrays = [jnp.asarray(x, dtype) for x in maps]
+    ours, dense = (compile_loss(loss, arrays, heads) for loss in (tat_loss, _dense_loss))
+    bytes_of = [step.memory_analysis().temp_size_in_bytes for step in (ours, dense)]
+    aim = 160 if (side, channels, heads, dtype) == (129, 256, 1, "float32") else None
+    rows = [compare_bytes(f"memory beside all scores at once, {what}", *bytes_of, bound=aim)]
+    if bytes_of[1] <= _LARGEST:
+        rows += [
+            compare_times(
+                f"time beside all scores at once, {what}",
+                lambda: jax.block_until_ready(ours(*arrays)),
+                lambda: jax.block_until_ready(dense(*arrays)),
+                bound=1.0 if side == 64 else None,
+            ),
+            compare_times(
+                f"time beside PyTorch, {what}",
+                lambda: jax.block_until_ready(ours(*arrays)),
+                _torch_step(maps, heads, dtype),
+                bound=None,
+            ),
+        ]
+    return rows
+
+
+def _dense_loss(query: jax.Array, key: jax.Array, value: jax.Array, target: jax.Array, *, heads: int) -> Any:
+    return jnp.mean((target_aware_attention(query, key, value, heads=heads) - target) ** 2)
+
+
+def compile_loss(loss: Callable[..., Any], arrays: list[jax.Array], heads: int) -> Any:
+    """Compile a loss of query, key, value and target with the gradients by the first three."""
+    step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)), static_argnames="heads")
+    return step.lower(*arrays, heads=heads).compile()
+
+
+def _torch_step(maps: list[np.ndarray], heads: int, dtype: str) -> Callable[[], object]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v, t = (
+        torch.from_numpy(rearrange(x, "b h w (n d) -> b n (h w) d", n=heads).copy())
+        .to(device, getattr(torch, dtype))
+        .requires_grad_(i < 3)
+        for i, x in enumerate(maps)
+    )
+
+    def step() -> object:
+        loss = ((torch.softmax(q @ k.mT, dim=-1) @ v - t).float() ** 2).mean()
+        gradients = torch.autograd.grad(loss, (q, k, v))
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return gradients
+
+    return step
+
+
+if __name__ == "__main__":
+    main(__doc__, measure)

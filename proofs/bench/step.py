@@ -1,0 +1,122 @@
+"""The training step, ResNet-34 → 18 with TaT at 224²: ours beside PyTorch's, eager and compiled.
+
+`python -m proofs.bench.step [--json FILE]`. On a CPU batch 16 in float32; on a GPU batch 256 in bfloat16,
+which is AMP in PyTorch, and ours is compared with the roofline, too: the images/s at which the compiled
+program's operations, or the bytes that it moves, would take all of what the maker promises. PyTorch works
+channels-last.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from einops import rearrange
+
+from configs import r18_r34
+from proofs.bench.sidebyside import Row, compare_times, main
+from proofs.fidelity import torch_step
+from proofs.fidelity.our_step import compile_step
+from proofs.fidelity.torch_resnet import random_torch_resnet
+from proofs.fidelity.torch_step import TorchStudent
+from tat_jax.data.pipeline import Batch
+
+SIZE, CLASSES = 224, 1000
+# Operations a second in dense bfloat16 and bytes a second to memory, as NVIDIA states them for SXM cards.
+PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
+
+
+def measure() -> list[Row]:
+    """Compare with PyTorch eager and with `torch.compile`."""
+    on_gpu = torch.cuda.is_available() and jax.default_backend() == "gpu"
+    batch_size, dtype = (256, "bfloat16") if on_gpu else (16, "float32")
+    device = "cuda" if on_gpu else "cpu"
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(batch_size, SIZE, SIZE, 3)).astype(np.float32)
+    labels = rng.integers(0, CLASSES, batch_size).astype(np.int32)
+    ours, cost = our_step(images, labels, dtype)
+    what = f"step, batch {batch_size}, {dtype}, {device}"
+    rows = []
+    for name, compiled, bound in (
+        ("PyTorch eager", False, 1.3 if on_gpu else 1.0),
+        ("torch.compile", True, 1.0 if on_gpu else None),
+    ):
+        print(f"{what} beside {name}", file=sys.stderr, flush=True)
+        rival = pytorch_step(images, labels, device, compiled=compiled)
+        rows.append(
+            compare_times(f"{what}, beside {name}", ours, rival, bound=bound, images=batch_size, rounds=9)
+        )
+    kind = jax.devices()[0].device_kind
+    rows += [
+        roofline(f"{what}, beside the roofline of {name}", rows[0].ours, batch_size, cost, peaks)
+        for name, peaks in PEAKS.items()
+        if name in kind
+    ]
+    return rows
+
+
+def roofline(
+    name: str, rate: float, batch_size: int, cost: dict[str, float], peaks: tuple[float, float]
+) -> Row:
+    """Compare images/s with what operations and bytes of a step allow; the ratio is the share reached."""
+    flops, moved = cost["flops"], cost["bytes accessed"]
+    seconds = max(flops / peaks[0], moved / peaks[1])
+    binds = "operations" if seconds == flops / peaks[0] else "memory"
+    share = rate * seconds / batch_size
+    name = f"{name}: {flops / 1e12:.2f} TFLOP, {moved / 1e9:.1f} GB a step, {binds} bind"
+    return Row(name, rate, batch_size / seconds, share, None, "images/s", (share, share))
+
+
+def our_step(
+    images: np.ndarray, labels: np.ndarray, dtype: str
+) -> tuple[Callable[[], Any], dict[str, float]]:
+    """Return a function that takes one step of `configs/r18_r34.py` and waits for it, and the program's cost.
+
+    Weights are random.
+    """
+    config = r18_r34.get_config()
+    config.update({"dtype": dtype, "batch_size": len(images), "bn_group": None})
+    config.student.weights = config.teacher.weights = "random"
+    rows = Batch(image=images, label=labels, where=np.ones(len(images), bool))
+    step = compile_step(config, rows, num_classes=CLASSES)
+    return step.repeated(), step.program.cost_analysis()
+
+
+def pytorch_step(images: np.ndarray, labels: np.ndarray, device: str, *, compiled: bool) -> Callable[[], Any]:
+    """Return a function that takes the same step in PyTorch, and waits for it."""
+    config = r18_r34.get_config()
+    x = torch.from_numpy(rearrange(images, "b h w c -> b c h w")).to(
+        device, memory_format=torch.channels_last
+    )
+    y = torch.from_numpy(labels).long().to(device)
+    teacher = random_torch_resnet("resnet34").eval().to(device, memory_format=torch.channels_last)
+    model: Any = TorchStudent(random_torch_resnet("resnet18"), teacher_features=512)
+    model = model.train().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay
+    )
+    losses = torch.compile(torch_step.losses) if compiled else torch_step.losses
+
+    def call() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss, *_ = losses(
+                model,
+                teacher,
+                x,
+                y,
+                **{name: config.loss[name] for name in ("alpha", "beta", "temperature")},
+                heads=config.tat.layer4.heads,
+                tat_weight=config.tat.layer4.weight,
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return call
+
+
+if __name__ == "__main__":
+    main(__doc__, measure)

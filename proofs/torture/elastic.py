@@ -1,0 +1,85 @@
+"""A run that goes on with other devices, other threads, another config."""
+
+import json
+import signal
+import tempfile
+from pathlib import Path
+
+from proofs.fidelity.claim import largest_relative_error
+from proofs.fidelity.devices import SINGLE
+from proofs.torture.fault import Fault
+from proofs.torture.small_run import Run, contents, finish, rows
+
+_ROUNDING = 5e-6  # float32, relative, over 20 steps
+_TAKEN = {
+    "--config.epochs=3": "epochs: 2 there, 3 now",
+    "--config.loss.alpha=0.2": "loss.alpha: 0.1 there, 0.2 now",
+}
+_REFUSED = {
+    "--config.batch_size=8": "batch_size: 16 there, 8 now",
+    "--config.student.width=8": "student.width: 4 there, 8 now",
+    "--config.seed=1": "seed: 0 there, 1 now",
+}
+
+
+def faults() -> list[Fault]:
+    """Move a run from 8 devices to 2 and to 1, and change its config."""
+    with tempfile.TemporaryDirectory() as temporary:
+        return [_devices(Path(temporary)), *_configs(Path(temporary))]
+
+
+def _devices(folder: Path) -> Fault:
+    whole, moved = folder / "whole", folder / "moved"
+    options = (*SINGLE, "--config.epochs=4", "--config.bn_group=2")
+    finish(whole, *options, devices=8)
+    for devices, threads, until in ((8, 2, 4), (2, 0, 11)):
+        run = Run(moved, *options, f"--config.data.threads={threads}", devices=devices)
+        _stop_after(run, until)
+    finish(moved, *options, "--config.data.threads=3", devices=1)
+    ours, theirs = _losses(moved), _losses(whole)
+    error = largest_relative_error(ours, theirs) if len(ours) == len(theirs) else float("inf")
+    return Fault(
+        "8 devices, then 2, then 1; 2 threads, 0, 3",
+        2,
+        2 if error <= _ROUNDING else 0,
+        f"nothing; losses differ by {error:.1e} at most",
+    )
+
+
+def _stop_after(run: Run, steps: int) -> None:
+    run.wait_until(lambda: " devices " in run.output and len(_losses(run.folder)) >= steps)
+    run.process.send_signal(signal.SIGTERM)
+    run.wait()
+
+
+def _configs(folder: Path) -> list[Fault]:
+    run = folder / "configs"
+    finish(run, "--config.epochs=2")
+    before = contents(run)
+    wrong = []
+    for option, difference in _REFUSED.items():
+        refused = Run(run, "--config.epochs=2", option)
+        if refused.wait() != 1 or difference not in refused.output or "Traceback" in refused.output:
+            wrong.append(f"{option}: {refused.output[-300:]}")
+    if contents(run) != before:
+        wrong.append("something was written")
+    taken = finish(run, *_TAKEN)
+    missing = [difference for difference in _TAKEN.values() if difference not in taken]
+    kept = json.loads((run / "config_until_step10.json").read_text())["epochs"] == 2
+    if not kept or rows(run)[-1]["epoch"] != 3:
+        missing.append("the config before, or the third epoch")
+    return [
+        Fault(
+            "another batch size, network, seed", 3, 0 if wrong else 3, "; ".join(wrong) or "nothing; refused"
+        ),
+        Fault(
+            "more epochs and another weight",
+            1,
+            int(not missing),
+            "; ".join(missing) or "nothing; shown and taken",
+        ),
+    ]
+
+
+def _losses(folder: Path) -> list[float]:
+    return [row["train/loss"] for row in rows(folder) if "train/loss" in row]
