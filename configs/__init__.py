@@ -1,1 +1,1 @@
-"""One experiment a file: `get_config(argument)` returns it as a flat ConfigDict."""
+"""One experiment a file: `get_config(argument)` returns it as a ConfigDict."""

@@ -6,7 +6,7 @@ cross-entropy alone, with KD, and with TaT, over several seeds. All through the 
 
 from ml_collections import ConfigDict
 
-from configs import base
+from tat_jax.configs import base
 
 
 def get_config(argument: str = "") -> ConfigDict:
@@ -43,8 +43,10 @@ def get_config(argument: str = "") -> ConfigDict:
             },
             "students": {
                 "cross-entropy": {},
-                "kd": {"loss": {"alpha": 0.5, "beta": 0.5, "temperature": 4.0}},
-                "tat": {"tat": {"layer3": {"weight": 1.0}, "layer4": {"weight": 1.0}}},
+                "kd": {
+                    "losses": {"cross_entropy": {"weight": 0.5}, "kd": {"weight": 0.5, "temperature": 4.0}}
+                },
+                "tat": {"losses": {"tat": {"layer3": {"weight": 1.0}, "layer4": {"weight": 1.0}}}},
             },
         }
     )

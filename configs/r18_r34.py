@@ -5,7 +5,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from tat_jax.configs import base
 
 
 def get_config(argument: str = "") -> ConfigDict:
@@ -14,6 +14,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config.batch_size = 2048
     config.bn_group = 256
     config.student.weights = "weights/resnet18"
-    config.loss.update({"alpha": 0.1, "beta": 0.0})
-    config.tat.layer4.weight = 0.2
+    config.losses.cross_entropy.weight = 0.1
+    config.losses.tat.layer4.weight = 0.2
     return base.finish(config, argument)

@@ -5,12 +5,12 @@ What TaT adds is the difference to this, not the difference to the pretrained st
 
 from ml_collections import ConfigDict
 
-from configs import base, r18_r34
+from tat_jax.configs import base, r18_r34
 
 
 def get_config(argument: str = "") -> ConfigDict:
     """Return the experiment; `smoke` is its miniature."""
     config = r18_r34.get_config()
-    config.loss.alpha = 1.0
-    config.tat.layer4.weight = 0.0
+    config.losses.cross_entropy.weight = 1.0
+    config.losses.tat.layer4.weight = 0.0
     return base.finish(config, argument)

@@ -5,12 +5,13 @@
 
 from ml_collections import ConfigDict
 
-from configs import base, r18_r34
+from tat_jax.configs import base, r18_r34
 
 
 def get_config(argument: str = "") -> ConfigDict:
     """Return the experiment; `smoke` is its miniature."""
     config = r18_r34.get_config()
-    config.loss.update({"alpha": 0.5, "beta": 0.5, "temperature": 1.0})
-    config.tat.layer4.weight = 0.1
+    config.losses.cross_entropy.weight = 0.5
+    config.losses.kd.update({"weight": 0.5, "temperature": 1.0})
+    config.losses.tat.layer4.weight = 0.1
     return base.finish(config, argument)

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import base, r18_r34
+from tat_jax.configs import base, r18_r34
 
 
 def get_config(argument: str = "") -> ConfigDict:

@@ -5,7 +5,7 @@ Its run folder serves as `teacher.weights` of another config.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from tat_jax.configs import base
 
 
 def get_config(argument: str = "") -> ConfigDict:

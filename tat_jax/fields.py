@@ -1,16 +1,17 @@
-"""What each field of a config may be, checked before anything is computed or written."""
+"""Fields of a config, each declared once: default, what is allowed, meaning, whether a run may change it.
+
+A tree of fields is a mapping of names to fields and to further trees; `*` stands for any name. What a config
+holds, what is checked, what `--help` lists and what a continued run may do otherwise all follow from it.
+"""
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union
 
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
-
-from tat_jax.data.sources import SOURCES
-from tat_jax.resnet import ARCHITECTURES
+from ml_collections.config_dict import placeholder
 
 
 class Rule(NamedTuple):
@@ -20,38 +21,64 @@ class Rule(NamedTuple):
     holds: Callable[[Any], bool]
 
 
-def _is_number(value: Any) -> bool:
+class Field(NamedTuple):
+    """One field of a config.
+
+    Attributes:
+        default: its value if nobody says otherwise; a type for a field that is None until it is set.
+        rule: which values are allowed.
+        meaning: what it says, in a line.
+        may_change: whether a run may go on with another value; or a function of the values before and after.
+        optional: whether a config may lack it.
+    """
+
+    default: Any
+    rule: Rule
+    meaning: str
+    may_change: bool | Callable[[Any, Any], bool] = False
+    optional: bool = False
+
+
+Fields = Mapping[str, Union[Field, "Fields"]]
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _whole(least: int) -> Rule:
+def whole(least: int) -> Rule:
+    """Return the rule of whole numbers from `least` on."""
     return Rule(f"a whole number from {least} on", lambda value: type(value) is int and value >= least)
 
 
-def _or_none(rule: Rule) -> Rule:
+def or_none(rule: Rule) -> Rule:
+    """Return a rule that takes None, too."""
     return Rule(f"{rule.allowed}, or None", lambda value: value is None or rule.holds(value))
 
 
-def _one_of(*values: Any) -> Rule:
+def one_of(*values: Any) -> Rule:
+    """Return the rule of some values of their types."""
     return Rule(
         " or ".join(map(repr, values)),
         lambda value: any(type(value) is type(known) and value == known for known in values),
     )
 
 
-def _range(most: float, words: str) -> Rule:
+def numbers(count: int, allowed: str, holds: Callable[..., bool]) -> Rule:
+    """Return the rule of so many numbers for which `holds`."""
     return Rule(
-        words,
+        allowed,
         lambda value: (
             isinstance(value, tuple | list)
-            and len(value) == 2
-            and all(map(_is_number, value))
-            and 0 < value[0] <= value[1] <= most
+            and len(value) == count
+            and all(map(is_number, value))
+            and holds(*value)
         ),
     )
 
 
-def _are_milestones(value: Any) -> bool:
+def _are_rising(value: Any) -> bool:
     return (
         isinstance(value, tuple | list)
         and all(type(epoch) is int and epoch > 0 for epoch in value)
@@ -59,84 +86,75 @@ def _are_milestones(value: Any) -> bool:
     )
 
 
-_POSITIVE = Rule("a number greater than 0", lambda value: _is_number(value) and value > 0)
-_NOT_NEGATIVE = Rule("a number from 0 on", lambda value: _is_number(value) and value >= 0)
-_SHARE = Rule("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
-_TEXT = Rule("a text that is not empty", lambda value: isinstance(value, str) and value != "")
-_YES_OR_NO = Rule("True or False", lambda value: isinstance(value, bool))
-
-_NETWORK = {
-    "architecture": _one_of(*ARCHITECTURES),
-    "weights": _TEXT,
-    "small_images": _YES_OR_NO,
-    "width": _whole(1),
-}
-
-# The fields of configs/base.py, where their meanings stand; `*` is any tap.
-RULES = {
-    "seed": _whole(0),
-    "epochs": _whole(1),
-    "batch_size": _whole(1),
-    "dtype": _one_of("float32", "bfloat16", "float64"),
-    "bn_group": _or_none(_whole(1)),
-    "eval_every": _whole(1),
-    "log_every": _whole(1),
-    "steps_left_out": _whole(0),
-    "checkpoint_minutes": _NOT_NEGATIVE,
-    **{f"student.{name}": rule for name, rule in _NETWORK.items()},
-    **{f"teacher.{name}": rule for name, rule in _NETWORK.items()},
-    "loss.alpha": _NOT_NEGATIVE,
-    "loss.beta": _or_none(_NOT_NEGATIVE),
-    "loss.temperature": _POSITIVE,
-    "tat.*.weight": _NOT_NEGATIVE,
-    "tat.*.heads": _whole(1),
-    "tat.*.embedding_kernel": _one_of(0, 1, 3),
-    "tat.*.trainable_key": _YES_OR_NO,
-    "tat.*.per_teacher_position": _YES_OR_NO,
-    "optimizer.name": _one_of("adamw", "sgd"),
-    "optimizer.learning_rate": _POSITIVE,
-    "optimizer.weight_decay": _NOT_NEGATIVE,
-    "optimizer.momentum": _SHARE,
-    "optimizer.milestones": Rule("rising epochs, each a whole number from 1 on", _are_milestones),
-    "optimizer.gamma": _POSITIVE,
-    "optimizer.clip_norm": _or_none(_POSITIVE),
-    "optimizer.accumulate": _whole(1),
-    "data.source": _one_of(*SOURCES),
-    "data.root": _TEXT,
-    "data.tfds_name": _TEXT,
-    "data.labels_per_class": _or_none(_whole(1)),
-    "data.image_size": _whole(1),
-    "data.eval_resize": _whole(1),
-    "data.crop_scale": _range(1, "two numbers greater than 0 and up to 1, the second not less"),
-    "data.crop_ratio": _range(math.inf, "two numbers greater than 0, the second not less"),
-    "data.flip": _YES_OR_NO,
-    "data.threads": _whole(0),
-    "data.skip_broken": _YES_OR_NO,
-}
+POSITIVE = Rule("a number greater than 0", lambda value: is_number(value) and value > 0)
+NOT_NEGATIVE = Rule("a number from 0 on", lambda value: is_number(value) and value >= 0)
+SHARE = Rule("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
+TEXT = Rule("a text that is not empty", lambda value: isinstance(value, str) and value != "")
+YES_OR_NO = Rule("True or False", lambda value: isinstance(value, bool))
+RISING_EPOCHS = Rule("rising epochs, each a whole number from 1 on", _are_rising)
 
 
-def check(config: ConfigDict) -> None:
-    """Check every field of a training's config; what a `study` says of its runs is not a field of one.
+def defaults(fields: Fields) -> ConfigDict:
+    """Return a config of all fields that it must have, at their defaults."""
+    config = ConfigDict()
+    for name, field in fields.items():
+        if not isinstance(field, Field):
+            if name != "*":
+                config[name] = defaults(field)
+        elif not field.optional:
+            config[name] = default(field)
+    return config
 
-    Raises:
-        ValueError: fields are missing, unknown or have values that are not allowed; each is named, with what
-            is allowed.
-    """
-    values = flatten_dict(config.to_dict(), sep=".")
-    values = {name: value for name, value in values.items() if not name.startswith("study.")}
-    lines = [f"{name} is missing" for name in RULES if "*" not in name and name not in values]
+
+def default(field: Field) -> Any:
+    """Return the default of a field as a config holds it."""
+    return placeholder(field.default) if isinstance(field.default, type) else field.default
+
+
+def find(fields: Fields, name: str) -> Field | None:
+    """Return the field of a dotted name; of a value within a field that holds several, that field."""
+    here: Field | Fields | None = fields
+    for part in name.split("."):
+        if isinstance(here, Field) or here is None:
+            break
+        here = here.get(part, here.get("*"))
+    return here if isinstance(here, Field) else None
+
+
+def wrong(fields: Fields, values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield a line for each field that is missing, unknown or not allowed."""
+    for name, field in fields.items():
+        if name not in values and name != "*":
+            yield from (f"{missing} is missing" for missing in _required(field, prefix + name))
     for name, value in values.items():
-        rule = RULES.get(_pattern(name))
-        if rule is None:
-            near = difflib.get_close_matches(_pattern(name), RULES, n=1)
-            lines.append(f"{name} is no field" + (f"; did you mean {near[0]}?" if near else ""))
-        elif not rule.holds(value):
-            lines.append(f"{name}={value!r}: allowed is {rule.allowed}")
-    if lines:
-        raise ValueError("in the config, " + "\n  ".join(lines))
+        field = fields.get(name, fields.get("*"))
+        if isinstance(field, Field):
+            if not field.rule.holds(value):
+                yield f"{prefix}{name}={value!r}: allowed is {field.rule.allowed}"
+        elif field is not None and isinstance(value, Mapping):
+            yield from wrong(field, value, f"{prefix}{name}.")
+        elif field is not None:
+            yield f"{prefix}{name}={value!r}: it has fields of its own, {', '.join(field)}"
+        else:
+            near = difflib.get_close_matches(name, fields, n=1)
+            yield f"{prefix}{name} is no field" + (f"; did you mean {prefix}{near[0]}?" if near else "")
 
 
-def _pattern(name: str) -> str:
-    """Return the name under which the rule of a field stands."""
-    parts = name.split(".")
-    return ".".join([parts[0], "*", *parts[2:]]) if parts[0] == "tat" and len(parts) > 2 else name
+def _required(field: Field | Fields, name: str) -> Iterator[str]:
+    if isinstance(field, Field):
+        if not field.optional:
+            yield name
+    else:
+        for part, of_part in field.items():
+            if part != "*":
+                yield from _required(of_part, f"{name}.{part}")
+
+
+def lines(fields: Fields, prefix: str = "") -> Iterator[str]:
+    """Yield a line for each field: its name, its default, its meaning and what is allowed."""
+    for name, field in fields.items():
+        if isinstance(field, Field):
+            value = None if isinstance(field.default, type) else field.default
+            yield f"{prefix}{name}={value!r}: {field.meaning}; {field.rule.allowed}"
+        else:
+            yield from lines(field, f"{prefix}{name}.")

@@ -1,80 +1,42 @@
 """One training run: from a config to a folder of checkpoints, metrics and a picture."""
 
 import contextlib
-import errno
-import fcntl
 import functools
-import json
-import os
-import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from fnmatch import fnmatch
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 from flax import nnx
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tat_jax import distill, fields, report, sharding
-from tat_jax.checkpoint import Restored, RunCheckpoints
+from tat_jax import distill, experiment, pictures, run_folder, sharding
+from tat_jax.batch import Batch
+from tat_jax.build import Built, build
+from tat_jax.checkpoints import Restored, RunCheckpoints
 from tat_jax.data.pipeline import Pipeline, open_pipeline
-from tat_jax.distill import Batch, Task, TrainState
-from tat_jax.evaluate import Stopped, evaluate
+from tat_jax.distill import Recipe, TrainState
+from tat_jax.evaluate import Evaluation, Stopped, evaluate
+from tat_jax.losses import Own
 from tat_jax.metrics import MetricWriter, Row, StepLog, progress, read_rows
-from tat_jax.networks import BuiltNetwork
-from tat_jax.task import prepare
+from tat_jax.networks.view import View
+from tat_jax.position import Position
+from tat_jax.signals import Interrupted, StopSignals
+from tat_jax.tasks import TASKS
 
-# Fields with which a run may go on otherwise than it began. With another of the others what is saved would
-# have no meaning: other arrays, another order of the images.
-_MAY_CHANGE = {
-    "epochs",
-    "eval_every",
-    "log_every",
-    "checkpoint_minutes",
-    "steps_left_out",
-    "loss.alpha",
-    "loss.beta",
-    "loss.temperature",
-    "optimizer.learning_rate",
-    "optimizer.weight_decay",
-    "optimizer.momentum",
-    "optimizer.milestones",
-    "optimizer.gamma",
-    "data.root",
-    "data.threads",
-    "data.skip_broken",
-    "data.crop_scale",
-    "data.crop_ratio",
-    "data.flip",
-}
 # On a CPU, XLA's YNNPACK convolutions take a third more time for a step than its others; its reductions less.
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-
-
-class Interrupted(Exception):
-    """Training was asked to stop, and what it had done is saved.
-
-    Attributes:
-        signal: what asked, as in `signal.SIGTERM`.
-    """
-
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
-        self.signal = number
 
 
 def run(
     config: ConfigDict,
     folder: str | Path,
     *,
-    student: nnx.Module | None = None,
-    teacher: nnx.Module | None = None,
+    student: nnx.Module | View | None = None,
+    teacher: nnx.Module | View | None = None,
+    losses: Own | None = None,
 ) -> dict[str, Row]:
     """Train the student of `config` in `folder`, continuing where an earlier run of the same config stopped.
 
@@ -85,12 +47,13 @@ def run(
         config: as the functions in `configs/` return it.
         folder: where the run lives.
         student: a network of your own instead of the config's: called as `student(images, train=…, where=…)`
-            it returns logits and sows its taps.
+            it returns logits and sows its taps; a `View` says of another what it is called with and returns.
         teacher: likewise.
+        losses: further terms of the loss by name, each with its weight, a number or a schedule: a `Loss`, or
+            a function of the student's outputs, the teacher's and the batch.
 
     Returns:
-        The rows of the evaluation after the `last` epoch and after the `best` (of equal ones, the later),
-        with `eval/top1`.
+        The rows of the evaluation after the `last` epoch and after the `best` (of equal ones, the later).
 
     Raises:
         FileNotFoundError: data or weights are missing.
@@ -99,328 +62,273 @@ def run(
         FloatingPointError: a loss term or the gradient is not finite, more often than `steps_left_out`.
         Interrupted: SIGINT or SIGTERM came.
     """
-    fields.check(config)
+    experiment.check(config)
     folder = Path(folder)
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.batch_size, mesh)
-    train_data, eval_data = open_pipeline(config, "train"), open_pipeline(config, "val")
-    images, steps = len(train_data.source), train_data.steps_per_epoch
-    last_step = config.epochs * steps
-    task, state, teacher_state, network = prepare(
+    data = open_pipeline(config, "train"), open_pipeline(config, "val")
+    built = build(
         config,
         mesh,
-        num_classes=train_data.source.num_classes,
-        steps_per_epoch=steps,
+        num_classes=data[0].source.num_classes,
+        steps_per_epoch=data[0].steps_per_epoch,
         student=student,
         teacher=teacher,
+        losses=losses,
     )
-    differences = changes(config, folder)
-    step_fn = jit_train_step(task, mesh)
-    show = jax.process_index() == 0
-
-    with (
-        _only_run(folder) as check_is_there,
-        RunCheckpoints(folder) as checkpoints,
-        _StopSignals() as signals,
-    ):
-        restored = checkpoints.restore(state)
-        position: dict[str, Any] = restored.position if restored else {"images": images, "evaluated": True}
-        if position["images"] != images:
-            raise ValueError(
-                f"{folder} was trained on {position['images']:,} images, and data.root holds {images:,} now"
-            )
-        state = restored.state if restored else state
-        step, evaluated = int(state.step), position["evaluated"]
-        _write_config(config, folder, step, changed=bool(differences))
-        if show:
-            print(
-                _summary(folder, network, task, train_data, eval_data, mesh, restored, differences),
-                flush=True,
-            )
-        done = step // steps * images + step % steps * config.batch_size
-        with (
-            progress(config.epochs * images, initial=done, description=folder.name, show=show) as bar,
-            MetricWriter(folder, step, evaluated=evaluated, active=show) as writer,
-        ):
-            log = StepLog(
-                writer,
-                bar,
-                config.log_every,
-                describe=functools.partial(_describe, train_data, checkpoints, folder),
-                leave_out=config.steps_left_out,
-                position=position.get("log"),
-            )
-            agreement = sharding.Agreement(mesh)
-            saved_step, saved_at = step, time.monotonic()
-
-            def wishes() -> list[int]:
-                """Return the signal that any process received, and whether any finds a checkpoint overdue."""
-                overdue = time.monotonic() - saved_at > 60 * config.checkpoint_minutes
-                return agreement((signals.received, overdue))
-
-            def save(metrics: dict[str, float] | None = None) -> None:
-                nonlocal saved_step, saved_at
-                log.flush()
-                if step != saved_step or metrics:
-                    writer.sync()
-                    check_is_there()
-                    where = {"epoch": step // steps, "batch": step % steps, "images": images}
-                    checkpoints.save(
-                        state,
-                        arguments=network.arguments,
-                        position=where | {"evaluated": evaluated, "log": log.position},
-                        metrics=metrics,
-                    )
-                saved_step, saved_at = step, time.monotonic()
-
-            while step < last_step or not evaluated:
-                epoch, batch_index = divmod(step, steps)
-                batches = train_data.epoch(epoch, start_step=batch_index) if evaluated else iter(())
-                for batch in sharding.put_batches(batches, mesh):
-                    with jax.transfer_guard("disallow"):  # all that a step needs is on the devices
-                        state, metrics = step_fn(state, teacher_state, Batch(**batch))
-                    signals.listen()
-                    log.add(
-                        metrics,
-                        step,
-                        images=min(config.batch_size, images - step % steps * config.batch_size),
-                    )
-                    step += 1
-                    evaluated = step < last_step and step % (steps * config.eval_every) > 0
-                    stop, overdue = wishes()
-                    if stop or (overdue and evaluated):
-                        save()
-                    if stop:
-                        raise Interrupted(f"stopped at step {step} of {last_step}", stop)
-                    checkpoints.check()
-                if not evaluated:
-                    signals.listen()  # of a run that continues with its evaluation
-                    log.flush()
-                    try:
-                        accuracy = evaluate(
-                            *_network(task, state),
-                            eval_data,
-                            mesh,
-                            show=show,
-                            stop_signal=lambda: wishes()[0],
-                        )
-                    except Stopped as stopped:
-                        save()
-                        raise Interrupted(f"stopped at step {step} of {last_step}", *stopped.args) from None
-                    evaluated = True
-                    row: Row = {"eval/top1": accuracy.top1, "eval/top5": accuracy.top5}
-                    writer.write(step, row | {"epoch": step // steps, "skipped": len(train_data.skipped)})
-                    if show:
-                        bar.write(f"{folder.name}: epoch {step // steps}/{config.epochs}  {accuracy}")
-                        if train_data.skipped:
-                            bar.write(f"  {len(train_data.skipped)} unreadable training images skipped")
-                    save({"top1": accuracy.top1, "top5": accuracy.top5})
-
-        rows = read_rows(folder)
-        if show:
-            report.plot_run(rows, folder / "curves.png")
-    evaluated_rows = [row for row in rows if "eval/top1" in row]
-    best = max(evaluated_rows, key=lambda row: (row["eval/top1"], row["step"]))
-    return {"last": evaluated_rows[-1], "best": best}
+    with _Training(config, folder, mesh, built, *data) as training:
+        while not training.is_done():
+            for batch in training.batches():
+                training.take_step(batch)
+                training.save_if_asked()
+            if training.is_evaluation_due():
+                training.log_and_save(training.evaluate())
+        return training.finish()
 
 
-def jit_train_step(task: Task, mesh: Mesh) -> jax.stages.Wrapped:
-    """Return the step of a task, compiled for the devices of a mesh; the state passed to it is donated."""
+def report(config: ConfigDict, evaluations: dict[str, Row]) -> str:
+    """Return a line for each of the evaluations that `run` returns."""
+    task = TASKS[config.task]()
+    return "\n".join(
+        f"{which:4}  epoch {row['epoch']:3}  {task.describe({n: row[f'eval/{n}'] for n in task.titles})}"
+        for which, row in evaluations.items()
+    )
+
+
+def jit_train_step(recipe: Recipe, mesh: Mesh) -> jax.stages.Wrapped:
+    """Return the step of a recipe, compiled for the devices of a mesh; the state passed to it is donated."""
     whole = sharding.replicated(mesh)
     return jax.jit(
-        functools.partial(distill.train_step, task),
+        functools.partial(distill.train_step, recipe),
         donate_argnums=0,
         out_shardings=(whole, whole),
         compiler_options=_CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None,
     )
 
 
-def _network(task: Task, state: TrainState) -> tuple[nnx.GraphDef, nnx.State]:
-    """Return the structure and the arrays of the student."""
-    return nnx.split(nnx.merge(task.distillation, state.params, state.batch_stats).student)
+class _Training:
+    """A run at work, and all that it holds open."""
 
+    def __init__(
+        self,
+        config: ConfigDict,
+        folder: Path,
+        mesh: Mesh,
+        built: Built,
+        data: Pipeline,
+        eval_data: Pipeline,
+    ):
+        self._config, self._folder, self._mesh, self._built = config, folder, mesh, built
+        self._data, self._eval_data = data, eval_data
+        self._show = jax.process_index() == 0
+        self._step_fn = jit_train_step(built.recipe, mesh)
+        self._agreement = sharding.Agreement(mesh)
+        self._open = contextlib.ExitStack()
 
-def _describe(data: Pipeline, checkpoints: RunCheckpoints, folder: Path, step: int) -> str:
-    """Say what a step was made of, where a run that ends with it stands, and what to do."""
-    names = data.names(*divmod(step, data.steps_per_epoch))
-    path = folder / f"step{step}_process{jax.process_index()}_images.txt"
-    path.write_text("\n".join(names) + "\n")
-    saved = checkpoints.latest_step()
-    return (
-        f"its images: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}, all {len(names)} in {path}. "
-        f"{'Nothing was saved before' if saved is None else f'The checkpoint of step {saved} is kept'}. "
-        "Look at the images, lower optimizer.learning_rate in another --workdir, or go on without some such "
-        "steps: --config.steps_left_out=10"
-    )
-
-
-class _StopSignals:
-    """SIGINT and SIGTERM: the first is noted for the loop to see, the second acts as always.
-
-    Attributes:
-        received: the number of the first, 0 before.
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "_Training":
+        """Lock the folder, and continue from its latest checkpoint if there is one."""
+        config, folder = self._config, self._folder
+        differences = run_folder.changes(config, folder, experiment.FIELDS)
+        with contextlib.ExitStack() as opened:
+            self._check_is_there = opened.enter_context(run_folder.only_run(folder))
+            self._checkpoints = opened.enter_context(RunCheckpoints(folder))
+            self._signals = opened.enter_context(StopSignals())
+            restored = self._restore()
+            run_folder.write_config(config, folder, self._position.step, changed=bool(differences))
+            if self._show:
+                print(self._summary(restored, differences), flush=True)
+            self._bar = opened.enter_context(
+                progress(
+                    config.epochs * self._position.epoch_images,
+                    initial=self._position.images,
+                    description=folder.name,
+                    show=self._show,
+                )
+            )
+            self._writer = opened.enter_context(
+                MetricWriter(folder, self._position.step, evaluated=self._evaluated, active=self._show)
+            )
+            self._log = StepLog(
+                self._writer,
+                self._bar,
+                config.log_every,
+                terms=[term.name for term in self._built.terms],
+                describe=self._describe,
+                leave_out=config.steps_left_out,
+                position=restored.position.get("log") if restored else None,
+            )
+            self._note_saved()
+            self._open = opened.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._restore()
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._open.__exit__(*error)
 
-    def listen(self) -> None:
-        """Note signals from now on; while the first step is compiled they act as always: nothing is lost."""
-        if not self._before:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+    def _restore(self) -> Restored | None:
+        """Take up the latest checkpoint, or the beginning.
 
-    def _note(self, number: int, frame: Any) -> None:
-        self.received = number
-        self._restore()
-        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may be at work already
+        Raises:
+            ValueError: it is of other images.
+        """
+        images = len(self._data.source)
+        restored = self._checkpoints.restore(self._built.state)
+        if restored and restored.position["images"] != images:
+            there = restored.position["images"]
+            raise ValueError(
+                f"{self._folder} was trained on {there:,} images, and data.root holds {images:,} now"
+            )
+        self._state = restored.state if restored else self._built.state
+        self._evaluated = restored.position["evaluated"] if restored else True
+        self._position = Position(
+            int(self._state.step), self._data.steps_per_epoch, images, self._config.batch_size
+        )
+        return restored
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    @property
+    def _last_step(self) -> int:
+        return self._config.epochs * self._position.steps_per_epoch
 
+    def is_done(self) -> bool:
+        """Return whether all steps are taken and evaluated."""
+        return self._position.step >= self._last_step and self._evaluated
 
-@contextmanager
-def _only_run(folder: Path) -> Iterator[Callable[[], None]]:
-    """Make the run's folder, keep other runs out of it, and yield a check that it is still there.
+    def is_evaluation_due(self) -> bool:
+        """Return whether the steps so far wait for their evaluation."""
+        return not self._evaluated
 
-    Raises:
-        OSError: it cannot be written, its disk is full, or it was moved or deleted.
-        ValueError: another run is at work in it.
-    """
-    try:
-        with _lock(folder) if jax.process_index() == 0 else contextlib.nullcontext(lambda: True) as is_there:
+    def batches(self) -> Iterator[Batch]:
+        """Yield what is left of the epoch; nothing where it is its evaluation that is left."""
+        if self._evaluated:
+            position = self._position
+            rows = self._data.epoch(position.epoch, start_step=position.batch)
+            yield from sharding.put_batches(rows, self._mesh)
 
-            def check_is_there() -> None:
-                if not is_there():
-                    raise OSError(
-                        f"{folder} was moved or deleted while its run was at work: nothing more is saved"
-                    )
+    def take_step(self, batch: Batch) -> None:
+        """Take a step, and log the one before.
 
-            try:
-                yield check_is_there
-            except OSError:
-                check_is_there()
-                raise
-    except OSError as error:
-        # What comes of writing to an open file does not name it.
-        is_of_folder = error.filename is None or str(error.filename).startswith(str(folder))
-        is_of_writing = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
-        if not (is_of_folder and is_of_writing):
-            raise
-        raise OSError(
-            f"cannot write in {folder}: {error.strerror}; make room there, and run the same command again, "
-            "or choose another --workdir"
-        ) from error
+        Raises:
+            FloatingPointError: a loss or the gradient of that one is not finite.
+        """
+        with jax.transfer_guard("disallow"):  # all that a step needs is on the devices
+            self._state, metrics = self._step_fn(self._state, self._built.teacher, batch)
+        self._signals.listen()
+        before, self._position = self._position, self._position.after()
+        self._log.add(metrics, before.step, images=self._position.images - before.images)
+        ends_epochs = self._position.step % (self._config.eval_every * self._position.steps_per_epoch) == 0
+        self._evaluated = self._position.step < self._last_step and not ends_epochs
 
+    def save_if_asked(self) -> None:
+        """Save where a signal came or a checkpoint is overdue.
 
-@contextmanager
-def _lock(folder: Path) -> Iterator[Callable[[], bool]]:
-    """Make and lock a folder, and yield whether its path still leads to it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+        Raises:
+            Interrupted: it was a signal.
+            OSError: a checkpoint could not be written.
+        """
+        stop, overdue = self._wishes()
+        if stop or (overdue and self._evaluated):
+            self._save()
+        if stop:
+            raise self._interrupted(stop)
+        self._checkpoints.check()
+
+    def evaluate(self) -> Evaluation:
+        """Evaluate the student.
+
+        Raises:
+            Interrupted: a signal came meanwhile.
+        """
+        self._signals.listen()  # of a run that continues with its evaluation
+        self._log.flush()
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is at work in {folder}; choose another --workdir") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # not every disk has locks
-                raise
-        locked = os.open(folder, os.O_RDONLY)
+            return evaluate(
+                *_view(self._built.recipe, self._state),
+                self._built.recipe.task,
+                self._eval_data,
+                self._mesh,
+                show=self._show,
+                stop_signal=lambda: self._wishes()[0],
+            )
+        except Stopped as stopped:
+            self._save()
+            raise self._interrupted(*stopped.args) from None
 
-        def is_there() -> bool:
-            try:
-                return os.path.samestat(os.fstat(locked), folder.stat())
-            except OSError:
-                return False
+    def log_and_save(self, evaluation: Evaluation) -> None:
+        """Write the row of an evaluation, and the checkpoint that goes with it."""
+        self._evaluated = True
+        step, epoch, skipped = self._position.step, self._position.epoch, len(self._data.skipped)
+        row = {f"eval/{name}": value for name, value in evaluation.measures.items()}
+        self._writer.write(step, row | {"epoch": epoch, "skipped": skipped})
+        if self._show:
+            self._bar.write(f"{self._folder.name}: epoch {epoch}/{self._config.epochs}  {evaluation}")
+            if skipped:
+                self._bar.write(f"  {skipped} unreadable training images skipped")
+        self._save(evaluation.measures)
 
-        try:
-            yield is_there
-        finally:
-            if not is_there():
-                _remove_remade(folder)
-            os.close(locked)
+    def finish(self) -> dict[str, Row]:
+        """Draw the run, and return its last and its best evaluation."""
+        rows, task = read_rows(self._folder), self._built.recipe.task
+        if self._show:
+            terms = [term.name for term in self._built.terms]
+            pictures.plot_run(rows, self._folder / "curves.png", terms, task)
+        name = f"eval/{task.best}"
+        evaluated = [row for row in rows if name in row]
+        return {"last": evaluated[-1], "best": max(evaluated, key=lambda row: (row[name], row["step"]))}
+
+    def _wishes(self) -> list[int]:
+        """Return the signal that any process received, and whether any finds a checkpoint overdue."""
+        overdue = time.monotonic() - self._saved_at > 60 * self._config.checkpoint_minutes
+        return self._agreement((self._signals.received, overdue))
+
+    def _save(self, measures: dict[str, float] | None = None) -> None:
+        self._log.flush()
+        if self._position.step != self._saved_step or measures:
+            self._writer.sync()
+            self._check_is_there()
+            position = self._position
+            where = {"epoch": position.epoch, "batch": position.batch, "images": position.epoch_images}
+            self._checkpoints.save(
+                self._state,
+                arguments=self._built.student.arguments,
+                position=where | {"evaluated": self._evaluated, "log": self._log.position},
+                metrics=measures,
+            )
+        self._note_saved()
+
+    def _note_saved(self) -> None:
+        self._saved_step, self._saved_at = self._position.step, time.monotonic()
+
+    def _interrupted(self, number: int) -> Interrupted:
+        return Interrupted(f"stopped at step {self._position.step} of {self._last_step}", number)
+
+    def _describe(self, step: int) -> str:
+        """Say what a step was made of, where a run that ends with it stands, and what to do."""
+        names = self._data.names(*divmod(step, self._position.steps_per_epoch))
+        path = self._folder / f"step{step}_process{jax.process_index()}_images.txt"
+        path.write_text("\n".join(names) + "\n")
+        saved = self._checkpoints.latest_step()
+        return (
+            f"its images: {', '.join(names[:3])}{' …' * (len(names) > 3)}, all {len(names)} in {path}. "
+            f"{'Nothing was saved before' if saved is None else f'The checkpoint of step {saved} is kept'}. "
+            "Look at the images, lower optimizer.learning_rate in another --workdir, or go on without some "
+            "such steps: --config.steps_left_out=10"
+        )
+
+    def _summary(self, restored: Restored | None, differences: list[str]) -> str:
+        student, data = self._built.student, self._data
+        return "\n".join(
+            [
+                f"{self._folder}: {f'continues from step {self._position.step}' if restored else 'starts'}",
+                *(f"  damaged  {line}" for line in (restored.set_aside if restored else ())),
+                *(f"  changed  {line}" for line in differences),
+                f"  student  {student.name} from {student.origin['source']}, head {student.origin['head']}",
+                f"  loss     {' + '.join(map(str, self._built.terms))}",
+                f"  data     {len(data.source):,} training images, {len(self._eval_data.source):,} to "
+                f"validate, {data.source.num_classes} classes, {data.steps_per_epoch:,} steps an epoch",
+                f"  devices  {self._mesh.size} × {self._mesh.devices.flat[0].device_kind}",
+            ]
+        )
 
 
-def _remove_remade(folder: Path) -> None:
-    """Remove what Orbax made anew of a folder that was moved while it saved; a run would continue from it."""
-    for _ in range(10):  # two seconds, in which the writes that it abandoned come to their end
-        if folder.is_dir() and [path.name for path in folder.iterdir()] == ["checkpoints"]:
-            shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(0.2)
-
-
-def changes(config: ConfigDict, folder: Path) -> list[str]:
-    """Return how the config differs from the one that lies in the run's folder, a line each.
-
-    Raises:
-        ValueError: the run cannot continue with it; every field that hinders is named.
-    """
-    path = folder / "config.json"
-    if not path.exists():
-        return []
-    try:
-        old = flatten_dict(json.loads(path.read_text()), sep=".")
-    except (ValueError, AttributeError):
-        raise ValueError(
-            f"{path} is damaged; remove it, and the run continues with the config at hand"
-        ) from None
-    now = flatten_dict(json.loads(config.to_json()), sep=".")
-    taken: list[str] = []
-    refused: list[str] = []
-    for name in sorted(old.keys() | now.keys()):
-        before, after = old.get(name), now.get(name)
-        if before != after:
-            embeddings_stay = fnmatch(name, "tat.*.weight") and before and after
-            fits = name in _MAY_CHANGE or embeddings_stay
-            (taken if fits else refused).append(f"{name}: {before} there, {after} now")
-    if refused:
-        head = f"{folder} holds a run of another config; choose another --workdir:"
-        raise ValueError("\n  ".join([head, *refused]))
-    return taken
-
-
-def _write_config(config: ConfigDict, folder: Path, step: int, *, changed: bool) -> None:
-    """Write the config into the run's folder, and keep one with which the run came to `step`."""
-    if jax.process_index() != 0:
-        return
-    path = folder / "config.json"
-    if changed:
-        (folder / f"config_until_step{step}.json").write_text(path.read_text())
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
-    temporary.replace(path)  # at once, for other processes may be reading
-
-
-def _summary(
-    folder: Path,
-    student: BuiltNetwork,
-    task: Task,
-    train_data: Pipeline,
-    eval_data: Pipeline,
-    mesh: Mesh,
-    restored: Restored | None,
-    differences: list[str],
-) -> str:
-    terms = [f"{weight:g}·{name}" for name, weight in task.weights.of_logits().items()]
-    terms += [f"{tat.weight:g}·tat({tap}, {tat.heads} heads)" for tap, tat in task.weights.of_taps().items()]
-    return "\n".join(
-        [
-            f"{folder}: {f'continues from step {int(restored.state.step)}' if restored else 'starts'}",
-            *(f"  damaged  {line}" for line in (restored.set_aside if restored else ())),
-            *(f"  changed  {line}" for line in differences),
-            f"  student  {student.arguments.get('architecture', type(student.model).__name__)}"
-            f" from {student.origin['source']}, head {student.origin['head']}",
-            f"  loss     {' + '.join(terms)}",
-            f"  data     {len(train_data.source):,} training images, {len(eval_data.source):,} to validate,"
-            f" {train_data.source.num_classes} classes, {train_data.steps_per_epoch:,} steps an epoch",
-            f"  devices  {mesh.size} × {mesh.devices.flat[0].device_kind}",
-        ]
-    )
+def _view(recipe: Recipe, state: TrainState) -> tuple[nnx.GraphDef, nnx.State]:
+    """Return the structure and the arrays of the student's view."""
+    return nnx.split(nnx.merge(recipe.distillation, state.params, state.variables).student)

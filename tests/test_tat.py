@@ -14,8 +14,11 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tat_jax import sharding, tat
-from tat_jax.tat import TargetAwareTransformer, target_aware_attention, tat_loss
+from tat_jax import sharding
+from tat_jax.batch import Batch
+from tat_jax.losses import tat, tat_blocks, tat_loss, target_aware_attention
+from tat_jax.losses.tat import TargetAwareTransformer
+from tat_jax.networks.view import Outputs
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "published_code.json").read_text())["tat"]
 
@@ -215,7 +218,8 @@ def test_images_that_do_not_count_change_nothing():
 @pytest.fixture(params=[1, 5, 11])
 def in_blocks(request, monkeypatch):
     """Take maps of 3×4 positions in blocks of so many queries; of 5 and 11, the last block is short."""
-    monkeypatch.setattr(tat, "_SCORES", 12 * request.param)
+    for module in (tat, tat_blocks):
+        monkeypatch.setattr(module, "SCORES", 12 * request.param)
 
 
 @pytest.mark.parametrize("heads", [1, 4])
@@ -295,10 +299,18 @@ def test_shapes_and_heads_that_do_not_fit_are_named():
         target_aware_attention(query, key, value, heads=3)
 
 
+def compare(module, student, teacher):
+    """Return the loss of the taps of a batch."""
+    outputs = (Outputs(None, {"layer4": tap}) for tap in (student, teacher))
+    count = len(student)
+    batch = Batch(jnp.zeros((count, 1, 1, 3)), None, jnp.ones(count, bool))
+    return module(*outputs, batch).mean()
+
+
 def test_taps_of_other_height_and_width_are_named():
     student, teacher = jnp.zeros((2, 4, 4, 8)), jnp.zeros((2, 7, 7, 8))
     with pytest.raises(ValueError, match=r"\(2, 4, 4\) and \(2, 7, 7\)"):
-        TargetAwareTransformer(8, 8, rngs=nnx.Rngs(0))(student, teacher)
+        compare(TargetAwareTransformer(8, 8, rngs=nnx.Rngs(0)), student, teacher)
 
 
 def test_embeddings_start_as_pytorch_starts_them():
@@ -318,7 +330,7 @@ def test_query_and_value_have_embeddings_of_their_own_and_the_key_one_on_request
     assert not np.array_equal(fixed.query.conv.kernel[...], fixed.value.conv.kernel[...])
     student, teacher = maps(2, 4, 4, 8, count=2)
     trainable = TargetAwareTransformer(8, 8, trainable_key=True, rngs=nnx.Rngs(0))
-    gradient = nnx.grad(lambda module: module(student, teacher))(trainable)
+    gradient = nnx.grad(lambda module: compare(module, student, teacher))(trainable)
     assert jnp.abs(gradient["key"]["conv"]["kernel"][...]).max() > 0
 
 
@@ -334,7 +346,7 @@ def test_without_embeddings_the_maps_themselves_attend():
     module = TargetAwareTransformer(8, 8, heads=2, embedding_kernel=0, rngs=nnx.Rngs(0))
     assert not jax.tree.leaves(nnx.state(module))
     expected = tat_loss(student, teacher, student, teacher, heads=2)
-    np.testing.assert_allclose(module(student, teacher), expected, rtol=1e-6)
+    np.testing.assert_allclose(compare(module, student, teacher), expected, rtol=1e-6)
 
 
 def test_per_teacher_position_is_the_formula_of_the_papers_text(x64):
@@ -348,8 +360,10 @@ def test_per_teacher_position_is_the_formula_of_the_papers_text(x64):
         weights = np.exp([s @ target for s in of_student])
         reconstruction = sum(w * s for w, s in zip(weights / weights.sum(), of_student, strict=True))
         error += ((reconstruction - target) ** 2).sum()
-    assert module(student, teacher) == pytest.approx(error / 24, rel=1e-12)
-    assert module(student, teacher) != pytest.approx(float(tat_loss(student, teacher, student, teacher)))
+    assert compare(module, student, teacher) == pytest.approx(error / 24, rel=1e-12)
+    assert compare(module, student, teacher) != pytest.approx(
+        float(tat_loss(student, teacher, student, teacher))
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,31 +1,20 @@
-"""Losses on logits: cross-entropy and Hinton's knowledge distillation.
+"""Losses between the logits of student and teacher: Hinton's knowledge distillation.
 
-Logits are `[batch, classes]`, labels `[batch]`. Every loss is a mean over the batch, computed in float32 at
-least; `where` names the images that count.
+Logits are `[batch, classes]`; computed in float32 at least. `where` names the images that count.
 """
 
-import jax
+from typing import ClassVar
+
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-
-def cross_entropy(
-    logits: Float[Array, "batch classes"],
-    labels: Int[Array, " batch"],
-    *,
-    where: Bool[Array, " batch"] | None = None,
-) -> Float[Array, ""]:
-    """Return the mean of −log softmax(logits)[label], in nats.
-
-    Raises:
-        ValueError: logits and labels do not have one row per image each.
-    """
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(
-            f"logits [batch, classes] and labels [batch] do not match: {logits.shape} and {labels.shape}"
-        )
-    log_p = _log_softmax(logits)
-    return -jnp.mean(jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0], where=where)
+from tat_jax.batch import Batch
+from tat_jax.fields import POSITIVE, Field, Fields
+from tat_jax.losses.labels import cross_entropy
+from tat_jax.losses.loss import Loss
+from tat_jax.networks.layers import at_least_float32
+from tat_jax.networks.view import Outputs
 
 
 def kl_divergence(
@@ -43,14 +32,27 @@ def kl_divergence(
     Raises:
         ValueError: the two do not have the same shape.
     """
+    divergences = kl_divergences(student_logits, teacher_logits, temperature=temperature)
+    return jnp.mean(divergences, where=where)
+
+
+def kl_divergences(
+    student_logits: Float[Array, "batch classes"],
+    teacher_logits: Float[Array, "batch classes"],
+    *,
+    temperature: float = 1.0,
+) -> Float[Array, " batch"]:
+    """Return KL(teacher ‖ student) of each image, as in `kl_divergence`."""
     if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
         raise ValueError(
             "student and teacher logits do not have one shape [batch, classes]: "
             f"{student_logits.shape} and {teacher_logits.shape}"
         )
-    log_p = _log_softmax(teacher_logits, temperature)
-    log_q = _log_softmax(student_logits, temperature)
-    return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=1), where=where)
+    log_p, log_q = (
+        nnx.log_softmax(logits.astype(at_least_float32(logits.dtype)) / temperature)
+        for logits in (teacher_logits, student_logits)
+    )
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=1)
 
 
 def kd_weights(alpha: float, beta: float | None, temperature: float) -> tuple[float, float]:
@@ -88,5 +90,21 @@ def kd_loss(
     return ce_weight * ce + kl_weight * kl
 
 
-def _log_softmax(logits: Array, temperature: float = 1.0) -> Array:
-    return jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature)
+class KD(Loss):
+    """T²·KL(teacher ‖ student), so that its weight is Hinton's β."""
+
+    name: ClassVar[str] = "kd"
+    options: ClassVar[Fields] = {
+        "temperature": Field(1.0, POSITIVE, "T, by which logits are divided", may_change=True, optional=True)
+    }
+    needs_logits: ClassVar[bool] = True
+
+    def __init__(self, *, temperature: float = 1.0):
+        self.temperature = temperature
+
+    def __call__(
+        self, student: Outputs, teacher: Outputs, batch: Batch, *, train: bool
+    ) -> Float[Array, " batch"]:
+        """Return T²·KL(teacher ‖ student) of each image."""
+        divergences = kl_divergences(student.logits, teacher.logits, temperature=self.temperature)
+        return self.temperature**2 * divergences

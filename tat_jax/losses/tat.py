@@ -4,8 +4,7 @@ Knowledge Distillation via the Target-aware Transformer, Lin et al., CVPR 2022, 
 `[batch, height, width, channels]`. Softmax and loss are computed in float32 at least.
 """
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +12,14 @@ from einops import rearrange, reduce
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float
 
-from tat_jax.layers import BatchNorm, at_least_float32, conv, torch_uniform
+from tat_jax.batch import Batch
+from tat_jax.fields import YES_OR_NO, Field, Fields, one_of, whole
+from tat_jax.losses.loss import TAPS, Loss
+from tat_jax.losses.tat_blocks import SCORES, dot, errors_in_blocks
+from tat_jax.networks.layers import BatchNorm, conv, torch_uniform
+from tat_jax.networks.view import Outputs
 
-# Scores of an image that the loss holds at once, 8 MiB in float32; larger maps it takes in blocks of queries.
-_SCORES = 2**21
+Map = Float[Array, "batch height width channels"]
 
 
 def target_aware_attention(
@@ -36,9 +39,10 @@ def target_aware_attention(
         ValueError: the maps do not have one shape, or `heads` does not divide the channels.
     """
     _check_maps(heads, query=query, key=key, value=value)
-    height = query.shape[1]
     q, k, v = (_split_heads(x, heads) for x in (query, key, value))
-    return rearrange(_attend(q, k, v), "b n (h w) d -> b h w (n d)", h=height)
+    weights = jax.nn.softmax(dot("bnid,bnjd->bnij", q, k), axis=-1)
+    out = dot("bnij,bnjd->bnid", weights.astype(v.dtype), v)
+    return rearrange(out, "b n (h w) d -> b h w (n d)", h=query.shape[1])
 
 
 def tat_loss(
@@ -58,125 +62,29 @@ def tat_loss(
     Raises:
         ValueError: the maps do not have one shape, or `heads` does not divide the channels.
     """
+    return jnp.mean(reconstruction_errors(query, key, value, target, heads=heads), where=where)
+
+
+def reconstruction_errors(
+    query: Float[Array, "batch height width channels"],
+    key: Float[Array, "batch height width channels"],
+    value: Float[Array, "batch height width channels"],
+    target: Float[Array, "batch height width channels"],
+    *,
+    heads: int = 1,
+) -> Float[Array, " batch"]:
+    """Return the mean squared error of each image, as in `tat_loss`."""
     _check_maps(heads, query=query, key=key, value=value, target=target)
-    positions = query.shape[1] * query.shape[2]
-    maps = (_split_heads(x, heads) for x in (query, key, value, target))
-    errors = _errors_at_once if heads * positions**2 <= _SCORES else _errors_in_blocks
-    return jnp.mean(errors(*maps) / (positions * query.shape[3]), where=where)
+    _, height, width, channels = query.shape
+    if heads * (height * width) ** 2 > SCORES:
+        sums = errors_in_blocks(*(_split_heads(x, heads) for x in (query, key, value, target)))
+        return sums / (height * width * channels)
+    out = target_aware_attention(query, key, value, heads=heads)
+    return reduce((out - target) ** 2, "b h w c -> b", "mean")
 
 
-Heads = Float[Array, "batch heads positions depth"]
-
-
-def _split_heads(x: Float[Array, "batch height width channels"], heads: int) -> Heads:
+def _split_heads(x: Map, heads: int) -> Float[Array, "batch heads positions depth"]:
     return rearrange(x, "b h w (n d) -> b n (h w) d", n=heads)
-
-
-def _attend(query: Heads, key: Heads, value: Heads) -> Heads:
-    weights = jax.nn.softmax(_dot("bnid,bnjd->bnij", query, key), axis=-1)
-    return _dot("bnij,bnjd->bnid", weights.astype(value.dtype), value)
-
-
-def _dot(equation: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(equation, x, y, preferred_element_type=at_least_float32(y.dtype))
-
-
-def _errors_at_once(query: Heads, key: Heads, value: Heads, target: Heads) -> Float[Array, " batch"]:
-    """Return the sum of squared errors of each image."""
-    return reduce((_attend(query, key, value) - target) ** 2, "b n i d -> b", "sum")
-
-
-@jax.custom_vjp
-def _errors_in_blocks(query: Heads, key: Heads, value: Heads, target: Heads) -> Float[Array, " batch"]:
-    """Return what `_errors_at_once` returns, without ever holding all scores.
-
-    Each query's error is a term of its own in the sum, so its gradient is complete as soon as its scores are
-    there: the pass over the blocks that sums the errors sums the gradients, too, and computes no score twice.
-    """
-    return _scan_blocks(query, key, value, target, _Wanted(False, False, False, False))[0]
-
-
-class _Wanted(NamedTuple):
-    """The maps by which a gradient is taken."""
-
-    query: bool
-    key: bool
-    value: bool
-    target: bool
-
-
-def _forward(*maps: Any) -> tuple[Array, tuple[Array | None, ...]]:
-    query, key, value, target = (x.value for x in maps)
-    return _scan_blocks(query, key, value, target, _Wanted(*(x.perturbed for x in maps)))
-
-
-def _backward(gradients: tuple[Array | None, ...], by_errors: Any) -> tuple[Array | None, ...]:
-    if isinstance(by_errors, jax.custom_derivatives.SymbolicZero):
-        return (None,) * len(gradients)
-    factor = rearrange(by_errors, "b -> b 1 1 1")
-    return tuple(None if g is None else (factor * g).astype(g.dtype) for g in gradients)
-
-
-_errors_in_blocks.defvjp(_forward, _backward, symbolic_zeros=True)
-
-
-def _scan_blocks(
-    query: Heads, key: Heads, value: Heads, target: Heads, wanted: _Wanted
-) -> tuple[Float[Array, " batch"], tuple[Heads | None, ...]]:
-    """Return the sum of squared errors of each image, and its gradient by each map that is wanted.
-
-    With w = softmax(q kᵀ), o = w v and e = o − t: ∂/∂t = −2e, ∂/∂v = wᵀ 2e, and with the scores' gradient
-    s = w ∘ (2e vᵀ − ⟨2e, o⟩): ∂/∂q = s k, ∂/∂k = sᵀ q.
-    """
-    _, heads, positions, _ = query.shape
-    exact = at_least_float32(value.dtype)
-    blocks = functools.partial(_blocks, size=max(1, _SCORES // (heads * positions)))
-
-    def step(sums: tuple[Array, Array | None, Array | None], block: tuple[Array, Array, Array]) -> Any:
-        errors, by_key, by_value = sums
-        q, t, counts = block
-        weights = jax.nn.softmax(_dot("bnid,bnjd->bnij", q, key), axis=-1)
-        out = _dot("bnij,bnjd->bnid", weights.astype(value.dtype), value)
-        error = (out - t) * counts
-        errors += reduce(error**2, "b n i d -> b", "sum")
-        by_out = (2 * error).astype(value.dtype)
-        if by_value is not None:
-            by_value += _dot("bnij,bnid->bnjd", weights.astype(value.dtype), by_out)
-        by_query = None
-        if wanted.query or wanted.key:
-            slope = _dot("bnid,bnjd->bnij", by_out, value)
-            mean_slope = reduce(by_out * out, "b n i d -> b n i 1", "sum")
-            by_scores = (weights * (slope - mean_slope)).astype(key.dtype)
-            if wanted.query:
-                by_query = _dot("bnij,bnjd->bnid", by_scores, key).astype(query.dtype)
-            if by_key is not None:
-                by_key += _dot("bnij,bnid->bnjd", by_scores, q)
-        by_target = (-2 * error).astype(target.dtype) if wanted.target else None
-        return (errors, by_key, by_value), (by_query, by_target)
-
-    start = (
-        jnp.zeros(len(query), exact),
-        jnp.zeros(key.shape, exact) if wanted.key else None,
-        jnp.zeros(value.shape, exact) if wanted.value else None,
-    )
-    counts = jnp.ones((1, 1, positions, 1), exact)
-    (errors, by_key, by_value), of_blocks = jax.lax.scan(
-        step, start, (blocks(query), blocks(target), blocks(counts))
-    )
-    by_query, by_target = (None if g is None else _joined(g, positions) for g in of_blocks)
-    by_key = None if by_key is None else by_key.astype(key.dtype)
-    by_value = None if by_value is None else by_value.astype(value.dtype)
-    return errors, (by_query, by_key, by_value, by_target)
-
-
-def _blocks(x: Array, *, size: int) -> Float[Array, "blocks batch heads size depth"]:
-    """Cut positions into blocks, the last one filled up with zeros."""
-    padded = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % size), (0, 0)))
-    return rearrange(padded, "b n (k i) d -> k b n i d", i=size)
-
-
-def _joined(blocks: Float[Array, "blocks batch heads size depth"], positions: int) -> Heads:
-    return rearrange(blocks, "k b n i d -> b n (k i) d")[:, :, :positions]
 
 
 def _check_maps(heads: int, **maps: Array) -> None:
@@ -223,8 +131,8 @@ class Embedding(nnx.Module):
         return self.norm(self.conv(x), train=train, where=where)
 
 
-class TargetAwareTransformer(nnx.Module):
-    """Compute the TaT loss of one tap, with its own embeddings.
+class TargetAwareTransformer(Loss):
+    """The TaT loss of one pair of taps, with its own embeddings.
 
     query = γ(student), value = φ(student), key = θ(teacher). By default, as published, γ and φ are a 3×3
     convolution with BatchNorm each, and θ is the identity.
@@ -232,6 +140,8 @@ class TargetAwareTransformer(nnx.Module):
     Args:
         student_features: channels of the student's tap.
         teacher_features: channels of the teacher's tap.
+        student_tap: its name among the student's outputs.
+        teacher_tap: its name among the teacher's.
         heads: attention heads, a divisor of `teacher_features`.
         embedding_kernel: 3 or 1, the size of the embeddings' convolutions; 0 takes the maps themselves.
         trainable_key: embed the key, too.
@@ -246,11 +156,28 @@ class TargetAwareTransformer(nnx.Module):
         ValueError: the channels or the options do not fit together.
     """
 
+    name: ClassVar[str] = "tat"
+    compares_taps: ClassVar[bool] = True
+    has_parameters: ClassVar[bool] = True
+    options: ClassVar[Fields] = {
+        **TAPS,
+        "heads": Field(1, whole(1), "attention heads", optional=True),
+        "embedding_kernel": Field(
+            3, one_of(0, 1, 3), "size of query's and value's convolutions; 0: the maps", optional=True
+        ),
+        "trainable_key": Field(False, YES_OR_NO, "embed the key as well", optional=True),
+        "per_teacher_position": Field(
+            False, YES_OR_NO, "the softmax of the paper's text, not of the published code", optional=True
+        ),
+    }
+
     def __init__(
         self,
         student_features: int,
         teacher_features: int,
         *,
+        student_tap: str = "layer4",
+        teacher_tap: str = "layer4",
         heads: int = 1,
         embedding_kernel: int = 3,
         trainable_key: bool = False,
@@ -283,33 +210,49 @@ class TargetAwareTransformer(nnx.Module):
                 rngs=rngs,
             )
 
+        self.student_tap, self.teacher_tap = student_tap, teacher_tap
         self.heads = heads
         self.per_teacher_position = per_teacher_position
         self.query = embedding(student_features)
         self.value = embedding(student_features)
         self.key = embedding(teacher_features) if trainable_key else None
 
+    @classmethod
+    def build(cls, student: Outputs, teacher: Outputs, **options: Any) -> Self:
+        """Build the embeddings for the shapes of the two taps.
+
+        Raises:
+            ValueError: the taps are no maps of one grid, or the options do not fit them.
+        """
+        ours, theirs = (
+            outputs.taps[options[f"{which}_tap"]].shape[1:]
+            for which, outputs in (("student", student), ("teacher", teacher))
+        )
+        if len(ours) != 3 or ours[:2] != theirs[:2]:
+            raise ValueError(
+                f"the taps differ in height and width: the student's is {list(ours[:2])}, "
+                f"the teacher's {list(theirs[:2])}"
+            )
+        return cls(ours[2], theirs[2], **options)
+
     def __call__(
-        self,
-        student: Float[Array, "batch height width student_features"],
-        teacher: Float[Array, "batch height width teacher_features"],
-        *,
-        train: bool = True,
-        where: Bool[Array, " batch"] | None = None,
-    ) -> Float[Array, ""]:
-        """Return the TaT loss of the student's map against the teacher's.
+        self, student: Outputs, teacher: Outputs, batch: Batch, *, train: bool = True
+    ) -> Float[Array, " batch"]:
+        """Return the TaT loss of each image's maps.
 
         Raises:
             ValueError: the two maps differ in height or width.
         """
-        if student.shape[:3] != teacher.shape[:3]:
+        of_student, of_teacher = student.taps[self.student_tap], teacher.taps[self.teacher_tap]
+        if of_student.shape[:3] != of_teacher.shape[:3]:
             raise ValueError(
                 "the student's and the teacher's tap differ in [batch, height, width]: "
-                f"{student.shape[:3]} and {teacher.shape[:3]}"
+                f"{of_student.shape[:3]} and {of_teacher.shape[:3]}"
             )
-        query = self.query(student, train=train, where=where) if self.query else student
-        value = self.value(student, train=train, where=where) if self.value else student
-        key = self.key(teacher, train=train, where=where) if self.key else teacher
+        how: dict[str, Any] = {"train": train, "where": batch.where}
+        query = self.query(of_student, **how) if self.query else of_student
+        value = self.value(of_student, **how) if self.value else of_student
+        key = self.key(of_teacher, **how) if self.key else of_teacher
         if self.per_teacher_position:
             query, key = key, query
-        return tat_loss(query, key, value, teacher, heads=self.heads, where=where)
+        return reconstruction_errors(query, key, value, of_teacher, heads=self.heads)

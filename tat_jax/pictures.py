@@ -6,49 +6,54 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tat_jax.tasks.task import Task
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
 
 
-def plot_run(rows: Rows, path: Path) -> None:
-    """Draw the loss terms and the validation accuracy of one run against the step."""
+def plot_run(rows: Rows, path: Path, terms: Sequence[str], task: Task) -> None:
+    """Draw the loss, its terms and the task's measures of one run against the step."""
     figure = _figure(11, 4)
-    loss, accuracy = figure.subplots(1, 2)
-    for name in sorted({name for row in rows for name in row if name.startswith("train/")}):
-        if name.split("/")[1].split("_")[0] in ("loss", "cross", "kl", "tat"):
-            loss.plot(*_column(rows, name), label=name.removeprefix("train/"))
+    loss, measures = figure.subplots(1, 2)
+    for name in ("loss", *terms):
+        steps, values = _column(rows, f"train/{name}")
+        if len(steps):
+            loss.plot(steps, values, label=name)
     loss.set(xlabel="step", ylabel="loss", title="Training", yscale="log")
-    for name, label in (("eval/top1", "top-1"), ("eval/top5", "top-5")):
-        steps, values = _column(rows, name)
-        accuracy.plot(steps, 100 * values, marker=".", label=label)
-    accuracy.set(xlabel="step", ylabel="accuracy, %", title="Validation")
-    for axes in (loss, accuracy):
+    for name, title in task.titles.items():
+        steps, values = _column(rows, f"eval/{name}")
+        measures.plot(steps, 100 * values, marker=".", label=title)
+    measures.set(xlabel="step", ylabel=f"{', '.join(task.titles.values())}, %", title="Validation")
+    for axes in (loss, measures):
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
     figure.savefig(path, dpi=120)
 
 
-def plot_study(runs: Mapping[str, Sequence[Rows]], teacher: float, path: Path) -> None:
-    """Draw mean and standard deviation of the test top-1 over the seeds of each variant, by epoch.
+def plot_study(runs: Mapping[str, Sequence[Rows]], teacher: float, path: Path, task: Task) -> None:
+    """Draw mean and standard deviation of the task's best measure over the seeds of each variant, by epoch.
 
     Args:
         runs: for each variant the rows of its seeds.
-        teacher: the teacher's top-1, a fraction.
+        teacher: the teacher's measure, a fraction.
         path: the picture.
+        task: says which measure.
     """
     figure = _figure(8, 5)
     axes = figure.subplots()
     axes.axhline(100 * teacher, color="black", linestyle="--", label=f"teacher {teacher:.1%}")
     for name, seeds in runs.items():
-        epochs = _column(seeds[0], "eval/top1", by="epoch")[0]
-        values = 100 * np.stack([_column(rows, "eval/top1")[1] for rows in seeds])
+        epochs = _column(seeds[0], f"eval/{task.best}", by="epoch")[0]
+        values = 100 * np.stack([_column(rows, f"eval/{task.best}")[1] for rows in seeds])
         mean, deviation = values.mean(0), values.std(0, ddof=1) if len(seeds) > 1 else 0
         (line,) = axes.plot(epochs, mean, label=f"{name} {mean[-1]:.1f} %")
         axes.fill_between(epochs, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.2)
-    axes.set(xlabel="epoch", ylabel="test top-1, %", title="Students, mean ± standard deviation over seeds")
+    title = "Students, mean ± standard deviation over seeds"
+    axes.set(xlabel="epoch", ylabel=f"test {task.titles[task.best]}, %", title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)

@@ -1,0 +1,24 @@
+"""What data, losses, tasks and the training step hand each other."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Integer, UInt8
+
+Images = UInt8[Array | np.ndarray, "batch height width 3"] | Float[Array | np.ndarray, "batch height width 3"]
+Labels = Integer[Array | np.ndarray, " batch"] | Integer[Array | np.ndarray, "batch rows columns"]
+Where = Bool[Array | np.ndarray, " batch"]
+
+
+class Batch(NamedTuple):
+    """Images, their labels if there are any, and which rows count: padding and unreadable files do not.
+
+    Attributes:
+        image: pixels in uint8; or in floating point, normalised already.
+        label: an integer or a map of integers for each image; None where images have no labels.
+        where: the rows that count.
+    """
+
+    image: Images
+    label: Labels | None
+    where: Where

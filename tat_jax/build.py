@@ -1,0 +1,202 @@
+"""What a config trains: the networks, what the losses hold, the optimiser, the first state."""
+
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from tat_jax import distill, networks, optim, sharding
+from tat_jax.distill import Distillation, Recipe, TrainState
+from tat_jax.losses import Own, Term, own_terms, terms_of
+from tat_jax.losses.loss import Loss
+from tat_jax.networks import Network
+from tat_jax.networks.view import Outputs, View, watch
+from tat_jax.schedules import weight_at
+from tat_jax.tasks import TASKS
+
+
+class Built(NamedTuple):
+    """A training with its arrays, which lie whole on every device.
+
+    Attributes:
+        recipe: the static parts of the step.
+        state: the state before the first step.
+        teacher: the arrays of the teacher's view; None where no term of the loss reads it.
+        student: how the student is built.
+        terms: what the loss is made of.
+    """
+
+    recipe: Recipe
+    state: TrainState
+    teacher: nnx.State | None
+    student: Network
+    terms: list[Term]
+
+
+def build(
+    config: ConfigDict,
+    mesh: Mesh,
+    *,
+    num_classes: int,
+    steps_per_epoch: int,
+    student: nnx.Module | View | Network | None = None,
+    teacher: nnx.Module | View | Network | None = None,
+    losses: Own | None = None,
+) -> Built:
+    """Build what `config` trains.
+
+    Args:
+        config: as the functions in `configs/` return it.
+        mesh: the devices.
+        num_classes: of the data.
+        steps_per_epoch: batches an epoch.
+        student: a network instead of the config's.
+        teacher: likewise.
+        losses: further terms, as in `train.run`.
+
+    Raises:
+        FileNotFoundError: weights are missing.
+        ValueError: parts do not fit; both are named.
+    """
+    group = config.bn_group
+    if group and config.batch_size > group and config.batch_size % group:
+        raise ValueError(f"bn_group={group} does not divide batch_size={config.batch_size}")
+    terms = all_terms(config, losses)
+    learner = build_student(config, num_classes, student)
+    master = build_teacher(config, num_classes, teacher, terms)
+    if master:
+        _check_logits(terms, master, num_classes)
+    distillation = Distillation(learner.view, _build_losses(config, terms, learner, master))
+    learning_rate = optim.learning_rate(config.optimizer, steps_per_epoch, config.epochs)
+    optimizer = optim.optimizer(config.optimizer, learning_rate, nnx.state(distillation, nnx.Param))
+    teacher_graph, teacher_state = nnx.split(master.view) if master else (None, None)
+    recipe = Recipe(
+        distillation=nnx.graphdef(distillation),
+        teacher=teacher_graph,
+        teacher_has_head=master is not None and master.origin["head"] != "fresh",
+        weights={term.name: weight_at(term.weight, steps_per_epoch) for term in terms},
+        task=TASKS[config.task](),
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        leave_out_not_finite=config.steps_left_out > 0,
+    )
+    state = distill.init_state(distillation, optimizer)
+    state, teacher_state = jax.device_put((state, teacher_state), sharding.replicated(mesh))
+    return Built(recipe, state, teacher_state, learner, terms)
+
+
+def all_terms(config: ConfigDict, own: Own | None = None) -> list[Term]:
+    """Return the terms of a config's loss, and the user's own.
+
+    Raises:
+        ValueError: there is none, or one of the user's is not allowed.
+    """
+    terms = terms_of(config.losses) + own_terms(own or {})
+    if not terms:
+        raise ValueError(
+            "every loss has weight 0: give one another, as --config.losses.cross_entropy.weight=1"
+        )
+    return terms
+
+
+def build_student(
+    config: ConfigDict, num_classes: int, own: nnx.Module | View | Network | None = None
+) -> Network:
+    """Build the student of a config, unless there is one of your `own`.
+
+    Raises:
+        FileNotFoundError: its weights are missing.
+        ValueError: they are another network's.
+    """
+    if own is not None:
+        return networks.own(own)
+    return networks.build(
+        config.student,
+        num_classes=num_classes,
+        dtype=config.dtype,
+        bn_group=config.bn_group,
+        seed=config.seed,
+        fit_head=True,
+    )
+
+
+def build_teacher(
+    config: ConfigDict,
+    num_classes: int,
+    own: nnx.Module | View | Network | None = None,
+    terms: Sequence[Term] = (),
+) -> Network | None:
+    """Build the teacher of a config likewise, with its own head; None where no term of the loss reads it."""
+    if not any(term.loss.needs_teacher for term in terms):
+        return None
+    if own is not None:
+        return networks.own(own)
+    return networks.build(
+        config.teacher, num_classes=num_classes, dtype=config.dtype, seed=config.seed, fit_head=False
+    )
+
+
+def _check_logits(terms: Sequence[Term], teacher: Network, num_classes: int) -> None:
+    source = teacher.origin["source"]
+    for term in terms:
+        if not (term.loss.needs_teacher and term.loss.needs_logits):
+            continue
+        way_out = f"{term.name} compares its logits: take another teacher, or set its weight to 0"
+        if teacher.origin["head"] == "fresh":
+            raise ValueError(f"the teacher from {source} has no trained head, and {way_out}")
+        classes = teacher.arguments.get("num_classes", num_classes)
+        if classes != num_classes:
+            raise ValueError(
+                f"the teacher from {source} knows {classes} classes, the data {num_classes}; {way_out}"
+            )
+
+
+def _build_losses(
+    config: ConfigDict, terms: Sequence[Term], student: Network, teacher: Network | None
+) -> dict[str, Loss]:
+    """Return the loss of every term, made for the shapes of what both networks give."""
+    shapes = shapes_of(config, terms, student, teacher)
+    built = {}
+    for term in terms:
+        if isinstance(term.loss, Loss):
+            built[term.name] = term.loss
+            continue
+        # By its name, so that another term more changes none of the others.
+        key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(term.name.encode()))
+        try:
+            built[term.name] = term.loss.build(
+                *shapes,
+                dtype=jnp.dtype(config.dtype),
+                bn_group=config.bn_group,
+                rngs=nnx.Rngs(key),
+                **term.options,
+            )
+        except ValueError as error:
+            raise ValueError(f"{term.name}: {error}") from None
+    return built
+
+
+def shapes_of(
+    config: ConfigDict, terms: Sequence[Term], student: Network, teacher: Network | None
+) -> tuple[Outputs, Outputs]:
+    """Return the shapes of what both networks give for an image, with the taps that the terms compare.
+
+    Raises:
+        ValueError: a network has no such tap.
+    """
+    found = []
+    for which, network in (("student", student), ("teacher", teacher)):
+        if network is None:
+            found.append(Outputs(None, {}))
+            continue
+        taps = {term.options[f"{which}_tap"]: term.name for term in terms if f"{which}_tap" in term.options}
+        try:
+            found.append(watch(network.view, tuple(taps), config.data.image_size))
+        except ValueError as error:
+            raise ValueError(f"the {which} of {', '.join(taps.values())}: {error}") from None
+    return found[0], found[1]

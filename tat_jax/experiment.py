@@ -1,0 +1,45 @@
+"""The config of an experiment: every field it has, from the rooms that declare them."""
+
+from ml_collections import ConfigDict
+
+from tat_jax import data, losses, networks, optim, tasks
+from tat_jax.fields import NOT_NEGATIVE, Field, Fields, one_of, or_none, whole, wrong
+
+FIELDS: Fields = {
+    "task": tasks.FIELD,
+    "seed": Field(0, whole(0), "of initial weights, order and crops"),
+    "epochs": Field(100, whole(1), "times through the training images", may_change=True),
+    "batch_size": Field(256, whole(1), "images a step, over all devices"),
+    "gpus": Field(8, whole(1), "of a published YAML, whose batch size is that of one", optional=True),
+    "dtype": Field(
+        "float32",
+        one_of("float32", "bfloat16", "float64"),
+        "of activations; parameters, statistics and losses stay float32 at least",
+    ),
+    "bn_group": Field(int, or_none(whole(1)), "images over which BatchNorm's statistics go; None: the batch"),
+    "eval_every": Field(1, whole(1), "epochs from one evaluation to the next", may_change=True),
+    "log_every": Field(50, whole(1), "steps a row of the log", may_change=True),
+    "steps_left_out": Field(
+        0, whole(0), "go on without so many steps whose loss or gradient is not finite", may_change=True
+    ),
+    "checkpoint_minutes": Field(
+        15.0, NOT_NEGATIVE, "from one checkpoint to the next; one follows each evaluation", may_change=True
+    ),
+    "student": networks.FIELDS,
+    "teacher": networks.FIELDS,
+    "losses": losses.FIELDS,
+    "optimizer": optim.FIELDS,
+    "data": data.FIELDS,
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Check every field of a training's config; what a `study` says of its runs is not a field of one.
+
+    Raises:
+        ValueError: fields are missing, unknown or have values that are not allowed; each is named, with what
+            is allowed.
+    """
+    values = {name: value for name, value in config.to_dict().items() if name != "study"}
+    if lines := list(wrong(FIELDS, values)):
+        raise ValueError("in the config, " + "\n  ".join(lines))

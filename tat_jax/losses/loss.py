@@ -1,0 +1,89 @@
+"""What a loss is: a module that compares what two networks say of a batch."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float
+
+from tat_jax.batch import Batch
+from tat_jax.fields import TEXT, Field, Fields, or_none
+from tat_jax.networks.view import Outputs
+
+Value = Float[Array, ""] | Float[Array, " batch"]
+
+
+class Loss(nnx.Module):
+    """A term of the loss that is trained on: total = Σ weight · loss.
+
+    A subclass in a module of this package is found in configs by its `name`. It may hold parameters, which
+    are trained with the student's, and other `nnx.Variable`s, which are saved like running statistics.
+
+    Attributes:
+        name: what configs call it.
+        options: its fields in a config, besides `weight`.
+        compares_taps: whether a config holds such a term for each pair of taps, by name; then `TAPS` are
+            among its options.
+        has_parameters: whether a run can switch it on or off only before it begins.
+        needs_labels: whether it reads `batch.label`.
+        needs_teacher: whether it reads the teacher's outputs.
+        needs_logits: whether it reads the teacher's logits, whose head must be trained then.
+    """
+
+    name: ClassVar[str]
+    options: ClassVar[Fields] = {}
+    compares_taps: ClassVar[bool] = False
+    has_parameters: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = False
+
+    @classmethod
+    def build(
+        cls,
+        student: Outputs,
+        teacher: Outputs,
+        *,
+        dtype: DTypeLike,
+        bn_group: int | None,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> Self:
+        """Build the loss for the shapes of both networks' outputs.
+
+        Args:
+            student: shapes and types of its outputs for one image.
+            teacher: likewise; without logits and taps where there is none.
+            dtype: the type of activations.
+            bn_group: images over which batch statistics are taken; None is the whole batch.
+            rngs: the key stream `params`.
+            options: of the config.
+
+        Raises:
+            ValueError: shapes and options do not fit together.
+        """
+        return cls(**options)
+
+    def __call__(self, student: Outputs, teacher: Outputs, batch: Batch, *, train: bool) -> Value:
+        """Return the loss of each image, or one number where images are compared with each other.
+
+        Of padding, `~batch.where`, the value of an image does not count; a single number must leave it out.
+        """
+        raise NotImplementedError
+
+
+TAPS: Fields = {
+    "student_tap": Field(str, or_none(TEXT), "tap of the student; None: the name of the term", optional=True),
+    "teacher_tap": Field(str, or_none(TEXT), "tap of the teacher; None: the name of the term", optional=True),
+}
+
+
+class FunctionLoss(Loss):
+    """A plain function of the student's outputs, the teacher's and the batch as a loss."""
+
+    def __init__(self, function: Callable[[Outputs, Outputs, Batch], Value]):
+        self.function = function
+
+    def __call__(self, student: Outputs, teacher: Outputs, batch: Batch, *, train: bool) -> Value:
+        """Return what the function returns."""
+        return self.function(student, teacher, batch)
