@@ -20,15 +20,16 @@ test: $(VENV)/installed-$(ACCELERATOR)-test
 
 # Measure every claim of docs/fidelity.md anew. PHOTOS: a folder of JPEG files. WEIGHTS: a folder of resnet18*
 # and resnet34* (.pth or .safetensors). Without them: pieces of scikit-learn's two photographs, random weights.
+# PARTS: some of trajectories, pytorch, devices, ddp, collectives, pixels, weights, counts.
 fidelity: $(VENV)/installed-$(ACCELERATOR)-test
-	$(BIN)/python -m proofs.fidelity $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(WEIGHTS),--weights $(WEIGHTS))
+	$(BIN)/python -m proofs.fidelity $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(PARTS)
 
 # Ours and its rivals in turns; a table each, and the rows in runs/bench/. PHOTOS: a folder of JPEG files.
 bench: $(VENV)/installed-$(ACCELERATOR)-bench
 	mkdir -p runs/bench
 	$(BIN)/python -m proofs.bench.step --json runs/bench/step.json
 	$(BIN)/python -m proofs.bench.loss --json runs/bench/loss.json
-	$(BIN)/python -m proofs.bench.input $(if $(PHOTOS),--root $(PHOTOS)) --json runs/bench/input.json
+	$(BIN)/python -m proofs.bench.input $(if $(PHOTOS),--photos $(PHOTOS)) --json runs/bench/input.json
 	$(BIN)/python -m proofs.bench.loop --json runs/bench/loop.json
 	$(BIN)/python -m proofs.bench.start --json runs/bench/start.json
 	$(BIN)/python -m proofs.bench.growth --input runs/bench/input.json --json runs/bench/growth.json --plot docs/growth.png

@@ -10,9 +10,10 @@ from configs import r18_r34
 from proofs.bench import input as bench_input
 from proofs.bench import loop, loss, sidebyside
 from proofs.bench.growth import Machine, estimate, plot
-from proofs.bench.sidebyside import Row, compare_times, table
+from proofs.bench.sidebyside import Row, compare_times
 from proofs.bench.step import roofline
-from proofs.fidelity.photographs import photographs
+from proofs.photographs import photographs
+from proofs.report import table
 
 
 def test_the_loss_is_compared_at_once_and_beside_pytorch_and_written_as_json(tmp_path, monkeypatch, capsys):
@@ -56,7 +57,7 @@ def test_a_ratio_above_one_means_that_ours_takes_less_time(monkeypatch):
 )
 def test_the_table_says_whether_an_aim_was_reached(row, mark):
     assert mark in table([row])
-    assert (mark == "reached") == row.reached
+    assert (mark == "reached") == row.holds
 
 
 def test_the_input_is_compared_in_processes_of_their_own(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 import torch
 
-from proofs.fidelity.torch_resnet import TorchResNet, random_torch_resnet
+from proofs.torch_resnet import TorchResNet, random_torch_resnet
 from tat_jax import checkpoint, convert
 from tat_jax.torch_file import read_entries
 

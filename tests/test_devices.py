@@ -4,16 +4,16 @@ import jax
 import pytest
 
 from configs import r18_r34
+from proofs.compiled_step import blank_rows, compile_step
 from proofs.fidelity import collectives, counts, ddp, devices
-from proofs.fidelity.devices import Layout
-from proofs.fidelity.our_step import blank_rows, compile_step
+from proofs.program import Layout
 from tat_jax import sharding
 from tests.claims import broken
 
 
 def test_two_processes_of_four_devices_train_as_one_device_does():
     layouts = (Layout(1, 1), Layout(2, 4))
-    claims = devices.compare(layouts, "--config.bn_group=2", *devices.SINGLE, name="", bound=5e-6)
+    claims = devices.compare(layouts, "--config.bn_group=2", name="", bound=5e-6)
     assert len(claims) == 1
     assert broken(claims) == []
 
@@ -36,7 +36,7 @@ def test_what_devices_send_does_not_grow_with_the_batch():
     for images in (2, 6):
         config.batch_size = 4 * images
         step = compile_step(config, blank_rows(config), devices=4)
-        sent.append(collectives.bytes_sent(step.program.as_text()))
+        sent.append(step.bytes_sent())
     assert sent[0] == sent[1]
     assert min(sent[0]) > 0
 

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from flax import nnx
 
-from proofs.fidelity.torch_resnet import random_torch_resnet
+from proofs.torch_resnet import random_torch_resnet
 from tat_jax import checkpoint, distill
 from tat_jax.convert import convert_entries
 from tat_jax.layers import BatchNorm, max_pool

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from proofs.fidelity.photographs import photographs
-from proofs.torture import attacks, strangers
+from proofs.photographs import photographs
+from proofs.torture import hostile_images, hostile_weights, packing, strangers, watch
 from tat_jax.convert import convert_entries
 from tat_jax.data.transforms import DecodeError, decode
 from tat_jax.torch_file import read_entries
@@ -34,7 +34,7 @@ def photo():
 @pytest.fixture(scope="module")
 def bombs():
     """Return files of little content that ask for much, by what they do and by name."""
-    return attacks.bombs()
+    return hostile_weights.bombs()
 
 
 def assert_survived(faults, capfd):
@@ -43,11 +43,11 @@ def assert_survived(faults, capfd):
 
 
 def test_the_command_refuses_every_weight_file_that_attacks_or_lies_and_writes_nothing(keep, capfd):
-    assert_survived(strangers.hostile_weights(keep), capfd)
+    assert_survived(strangers.weight_faults(keep), capfd)
 
 
 def test_the_input_pipeline_reports_every_broken_image_by_its_path(keep, photo, capfd):
-    assert_survived(strangers.hostile_images([photo], keep, flips=20), capfd)
+    assert_survived(strangers.image_faults([photo], keep, flips=20), capfd)
 
 
 def test_mutants_of_weight_files_and_images_are_read_or_refused(keep, photo, capfd):
@@ -75,12 +75,12 @@ def misbehave(path: Path) -> str:
 
 
 class TestTheWatch:
-    def outcomes(self, folder: Path, *names: str) -> dict[str, strangers.Outcome]:
+    def outcomes(self, folder: Path, *names: str) -> dict[str, watch.Outcome]:
         for part in ("tried", "kept"):
             (folder / part).mkdir()
         files = {name: name.encode() for name in ("sound", *names)}
         arguments = (folder / "tried", files)
-        found = strangers._outcomes(misbehave, strangers._written, arguments, folder / "kept")
+        found = watch.try_all(misbehave, strangers.write_in_turns, arguments, folder / "kept")
         return {outcome.name: outcome for outcome in found}
 
     def test_it_sees_what_no_reader_may_do_and_keeps_the_files(self, tmp_path):
@@ -95,7 +95,7 @@ class TestTheWatch:
         assert {*names, "output.txt"} == set(os.listdir(tmp_path / "kept"))
 
     def test_it_ends_what_hangs(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(strangers, "SECONDS", 0.5)
+        monkeypatch.setattr(watch, "SECONDS", 0.5)
         found = self.outcomes(tmp_path, "hang", "next")
         assert found["hang"].verdict == "it hangs"
         assert "next" not in found
@@ -160,31 +160,31 @@ class TestWeights:
     )
     def test_a_header_beyond_what_arrays_can_have_is_refused(self, tmp_path, name, why):
         name = f"{name}.safetensors"
-        assert why in reason(tmp_path, name, attacks.lying_headers()[name])
+        assert why in reason(tmp_path, name, hostile_weights.lying_headers()[name])
 
     @pytest.mark.parametrize(
         ("tensor", "why"),
         [
-            (attacks.tensor(shape=(2, 2), strides=(3, 1)), "reaches beyond its 4 elements"),
-            (attacks.tensor(shape=(1,), offset=4), "reaches beyond its 4 elements"),
-            (attacks.tensor(of=attacks.storage(size=5)), "a storage of 5 elements has 16 bytes"),
-            (attacks.tensor(of=attacks.value(0)), "a tensor has no storage"),
-            (attacks.storage() + attacks.value("x") + b"\x85R", "it calls a _Storage"),
+            (packing.tensor(shape=(2, 2), strides=(3, 1)), "reaches beyond its 4 elements"),
+            (packing.tensor(shape=(1,), offset=4), "reaches beyond its 4 elements"),
+            (packing.tensor(of=packing.storage(size=5)), "a storage of 5 elements has 16 bytes"),
+            (packing.tensor(of=packing.value(0)), "a tensor has no storage"),
+            (packing.storage() + packing.value("x") + b"\x85R", "it calls a _Storage"),
         ],
     )
     def test_a_tensor_that_is_not_in_its_storage_is_refused(self, tmp_path, tensor, why):
-        assert why in reason(tmp_path, "tensor.pth", attacks.zipped(attacks.pickled({"a": tensor})))
+        assert why in reason(tmp_path, "tensor.pth", packing.zipped(packing.pickled({"a": tensor})))
 
     def test_attributes_that_a_pickle_sets_change_nothing(self, tmp_path):
-        changed = attacks.storage() + b"}" + attacks.value("size") + attacks.value(9) + b"sb"
+        changed = packing.storage() + b"}" + packing.value("size") + packing.value(9) + b"sb"
         path = tmp_path / "attributes.pth"
-        path.write_bytes(attacks.zipped(attacks.pickled({"a": attacks.tensor(of=changed)})))
+        path.write_bytes(packing.zipped(packing.pickled({"a": packing.tensor(of=changed)})))
         np.testing.assert_array_equal(read_entries(path)["a"], np.zeros(4, np.float32))
 
     def test_two_tensors_or_members_of_one_name_are_refused(self, tmp_path):
-        both = attacks.pickled({"module.a": attacks.tensor(), "a": attacks.tensor()})
-        assert "differ in the prefix module. alone" in reason(tmp_path, "both.pth", attacks.zipped(both))
-        one = attacks.zipped(attacks.pickled({"a": attacks.tensor()}))
+        both = packing.pickled({"module.a": packing.tensor(), "a": packing.tensor()})
+        assert "differ in the prefix module. alone" in reason(tmp_path, "both.pth", packing.zipped(both))
+        one = packing.zipped(packing.pickled({"a": packing.tensor()}))
         (tmp_path / "twice.pth").write_bytes(one)
         with zipfile.ZipFile(tmp_path / "twice.pth", "a") as archive, pytest.warns(UserWarning, match="Dupl"):
             archive.writestr("archive/data/0", bytes(16))
@@ -215,12 +215,12 @@ class TestImages:
         np.testing.assert_array_equal(decode(other, "a.JPEG"), expected)
 
     def test_a_jpeg_of_thousands_of_scans_is_refused_and_one_of_a_hundred_is_read(self):
-        assert decode(attacks.jpeg_of_scans(64, 100), "a").shape == (64, 64, 3)
+        assert decode(hostile_images.jpeg_of_scans(64, 100), "a").shape == (64, 64, 3)
         with pytest.raises(DecodeError, match=r"^scans\.JPEG: more than 100 scans"):
-            decode(attacks.jpeg_of_scans(64, 101), "scans.JPEG")
+            decode(hostile_images.jpeg_of_scans(64, 101), "scans.JPEG")
 
     def test_a_tile_may_be_larger_than_its_image_but_not_than_all_images(self):
-        whole = attacks.tiff(16, 16, 64, attacks.deflated(64 * 32))
+        whole = hostile_images.tiff(16, 16, 64, hostile_images.deflated(64 * 32))
         assert decode(whole, "a").shape == (16, 16, 3)
         with pytest.raises(DecodeError, match=r"^tile\.tiff: 800,000,000 pixels, more than"):
-            decode(attacks.tiff(16, 16, 40_000, attacks.deflated(1 << 20)), "tile.tiff")
+            decode(hostile_images.tiff(16, 16, 40_000, hostile_images.deflated(1 << 20)), "tile.tiff")

@@ -6,7 +6,6 @@ each other, read from the compiled program. The TaT loss by positions. `--input`
 `proofs.bench.input --json` wrote.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from configs import r18_r34
+from proofs.bench.full_size import full_size
 from proofs.bench.loss import compile_loss
 from proofs.bench.sidebyside import timed
 from proofs.bench.step import PEAKS
-from proofs.fidelity.collectives import bytes_sent
-from proofs.fidelity.our_step import blank_rows, compile_step
-from proofs.fidelity.report import markdown_table, versions
+from proofs.command import add_json, make_parser, publish
+from proofs.compiled_step import blank_rows, compile_step
+from proofs.report import markdown_table
 from tat_jax.tat import tat_loss
 
 BATCHES = (4, 8, 16, 32)
@@ -107,7 +106,7 @@ def by_devices() -> list[Figures]:
             # Parameters, and so what is sent, are the same at this size, which compiles sooner.
             config.data.image_size = 64
             step = compile_step(config, blank_rows(config), devices=devices, num_classes=1000)
-            operations, sent = bytes_sent(step.program.as_text())
+            operations, sent = step.bytes_sent()
             rows.append(
                 {
                     "devices": devices,
@@ -182,9 +181,8 @@ def _milliseconds(call: Callable[..., object], *arguments: jax.Array) -> float:
 
 
 def _config(batch: int) -> Any:
-    config = r18_r34.get_config()
+    config = full_size(on_gpu=False)
     config.batch_size = batch
-    config.student.weights = config.teacher.weights = "random"
     return config
 
 
@@ -194,18 +192,16 @@ def _columns(rows: Sequence[Figures], x: str, y: str) -> tuple[list[float], list
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     cells = [
-        [v if isinstance(v, str) else f"{v:,.4g}" if v < 1e4 else f"{v:,.0f}" for v in r.values()]
-        for r in rows
+        {k: v if isinstance(v, str) else f"{v:,.4g}" if v < 1e4 else f"{v:,.0f}" for k, v in row.items()}
+        for row in rows
     ]
-    return markdown_table([list(rows[0]), *cells])
+    return markdown_table(cells)
 
 
 def main() -> None:
     """Measure, print the tables, and write what the options ask for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    parser = make_parser(__doc__)
+    add_json(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them into this file")
     parser.add_argument("--input", type=Path, metavar="FILE", help="rows of bench.input, for the cores")
     options = parser.parse_args()
@@ -214,12 +210,8 @@ def main() -> None:
     per_core = json.loads(options.input.read_text())[0]["ours"] if options.input else None
     sent = devices[-1]["MiB"] * 2**20
     estimates = [estimate(machine, batches[-1], sent, per_core) for machine in MACHINES]
-    for rows in (batches, positions, devices, estimates):
-        print(_table(rows), end="\n\n")
-    print(versions())
-    if options.json:
-        figures = {"batches": batches, "positions": positions, "devices": devices, "estimates": estimates}
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    figures = {"batches": batches, "positions": positions, "devices": devices, "estimates": estimates}
+    publish([_table(rows) for rows in figures.values()], figures, options.json)
     if options.plot:
         plot(batches, positions, devices, options.plot)
 

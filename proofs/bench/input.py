@@ -1,17 +1,14 @@
 """Photographs to batches of 224² crops: ours beside Pillow in a torch DataLoader and beside tf.data.
 
-`python -m proofs.bench.input [--root FOLDER] [--json FILE]`. FOLDER holds JPEG files at any depth; without
-it, pieces of scikit-learn's two photographs. Each contender is a process of its own, and may use so many
-cores and no more.
+`python -m proofs.bench.input [--photos FOLDER] [--json FILE]`. Each contender is a process of its own, and
+may use so many cores and no more.
 """
 
-import argparse
 import functools
 import io
 import math
 import multiprocessing
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -25,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from configs.base import base
 from proofs.bench.sidebyside import Row, compare_times, main
-from proofs.fidelity.photographs import photographs
-from proofs.fidelity.pixels import RATIO, SCALE, SIZE, crop_resize_and_flip, resize_and_centre_crop
+from proofs.photographs import Photograph, add_photos
+from proofs.report import announce
+from proofs.torch_transforms import RATIO, SCALE, SIZE, crop_resize_and_flip, resize_and_centre_crop
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.sources import Example
 from tat_jax.data.transforms import random_resized_crop_box
@@ -36,11 +34,11 @@ IMAGES = 1024  # an epoch at least; files are read again to fill it
 Files = tuple[str, ...]
 
 
-def measure(root: Path | None) -> list[Row]:
+def measure(photos: list[Photograph]) -> list[Row]:
     """Compare training crops on one core and on two, and evaluation on one."""
     with tempfile.TemporaryDirectory() as folder:
         paths = []
-        for i, photo in enumerate(photographs(root)):
+        for i, photo in enumerate(photos):
             paths.append(f"{folder}/{i}.jpg")
             Path(paths[-1]).write_bytes(photo.jpeg)
         files = tuple(paths * math.ceil(IMAGES / len(paths)))
@@ -170,7 +168,7 @@ def compare(
     bound: float | None = None,
 ) -> Row:
     """Compare epochs of two contenders on so many cores each."""
-    print(name, file=sys.stderr, flush=True)
+    announce(name)
     spawn = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(1, spawn, _use_cores, (cores[0],)) as one,
@@ -201,6 +199,4 @@ def _use_cores(count: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--root", type=Path, metavar="FOLDER", help="JPEG files at any depth")
-    main(__doc__, measure, parser)
+    main(__doc__, measure, add_options=add_photos)

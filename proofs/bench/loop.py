@@ -7,7 +7,6 @@ training, which saves a checkpoint every 45 seconds: 20 times as often as by def
 
 import contextlib
 import io
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,8 +17,10 @@ import jax
 from ml_collections import ConfigDict
 
 from configs import r18_r34
+from proofs.bench.full_size import full_size
 from proofs.bench.sidebyside import Row, compare, main
-from proofs.fidelity.our_step import compile_step
+from proofs.compiled_step import compile_step
+from proofs.report import announce
 from tat_jax import train
 from tat_jax.data.pipeline import open_pipeline
 
@@ -28,12 +29,7 @@ WARM_UP = 8  # steps that do not count: the first compiles, the first row opens 
 
 def measure() -> list[Row]:
     """Compare at full size and in miniature."""
-    on_gpu = jax.default_backend() == "gpu"
-    whole = r18_r34.get_config()
-    whole.update(
-        {"dtype": "bfloat16", "batch_size": 256} if on_gpu else {"dtype": "float32", "batch_size": 16}
-    )
-    whole.student.weights = whole.teacher.weights = "random"
+    whole = full_size(on_gpu=jax.default_backend() == "gpu")
     whole.data.source = "digits"
     small = r18_r34.get_config("smoke")
     rows = []
@@ -41,7 +37,7 @@ def measure() -> list[Row]:
         jax.config.update("jax_compilation_cache_dir", cache)
         for name, config, steps, bound in (("224²", whole, 56, 0.97), ("miniature", small, 120, None)):
             what = f"training, {name}, batch {config.batch_size}, beside its bare step"
-            print(what, file=sys.stderr, flush=True)
+            announce(what)
             rows.append(measure_one(what, config, steps=steps, bound=bound))
     return rows
 

@@ -4,7 +4,6 @@
 arguments and results.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,8 @@ import torch
 from einops import rearrange
 
 from proofs.bench.sidebyside import Row, compare_bytes, compare_times, main
+from proofs.report import announce
+from proofs.torch_step import attend
 from tat_jax.tat import target_aware_attention, tat_loss
 
 SIDES = (7, 32, 64, 129)  # 49, 1,024, 4,096 and 16,641 positions
@@ -36,7 +37,7 @@ def measure() -> list[Row]:
 def measure_one(side: int, channels: int, heads: int, dtype: str) -> list[Row]:
     """Compare one combination."""
     what = f"{side**2:,} × {channels}, {heads} head{'s' if heads > 1 else ''}, {dtype}"
-    print(what, file=sys.stderr, flush=True)
+    announce(what)
     rng = np.random.default_rng(0)
     maps = [rng.normal(0, scale, (1, side, side, channels)).astype(np.float32) for scale in (0.3, 0.3, 1, 1)]
     arrays = [jnp.asarray(x, dtype) for x in maps]
@@ -82,7 +83,7 @@ def _torch_step(maps: list[np.ndarray], heads: int, dtype: str) -> Callable[[], 
     )
 
     def step() -> object:
-        loss = ((torch.softmax(q @ k.mT, dim=-1) @ v - t).float() ** 2).mean()
+        loss = ((attend(q, k, v) - t).float() ** 2).mean()
         gradients = torch.autograd.grad(loss, (q, k, v))
         if device == "cuda":
             torch.cuda.synchronize()

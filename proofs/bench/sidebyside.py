@@ -1,15 +1,14 @@
-"""Ours and a rival, measured in turns; the table and the file that hold what came out."""
+"""Ours and a rival, measured in turns."""
 
-import argparse
-import json
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from argparse import ArgumentParser
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from proofs.fidelity.report import markdown_table, versions
+from proofs.command import add_json, make_parser, publish
+from proofs.report import table
 
 # Seconds before each call that is timed: PyTorch's threads go on spinning for a while after its own.
 _PAUSE = 0.4
@@ -37,11 +36,28 @@ class Row(NamedTuple):
     spread: tuple[float, float]
 
     @property
-    def reached(self) -> bool:
+    def holds(self) -> bool:
         """Return whether the bound is reached, or there is none."""
         if self.bound is None:
             return True
         return self.ours <= self.bound if self.unit == "MiB" else self.ratio >= self.bound
+
+    def cells(self) -> dict[str, str]:
+        """Return what stands in the line, by heading."""
+        aim, mark = "", ""
+        if self.bound is not None:
+            aim = f"{'≤' if self.unit == 'MiB' else '≥'} {self.bound:g}"
+            mark = "reached" if self.holds else "MISSED"
+        return {
+            "measured": self.name,
+            "ours": f"{self.ours:.3g}",
+            "rival": f"{self.rival:.3g}",
+            "unit": self.unit,
+            "ratio": f"{self.ratio:.2f}",
+            "quartiles": f"{self.spread[0]:.2f}–{self.spread[1]:.2f}",
+            "aim": aim,
+            "": mark,
+        }
 
 
 def compare_times(
@@ -105,44 +121,21 @@ def compare_bytes(name: str, ours: int, rival: int, *, bound: float | None) -> R
     return Row(name, ours / 2**20, rival / 2**20, ratio, bound, "MiB", (ratio, ratio))
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Return the rows as a Markdown table."""
-    lines = [("measured", "ours", "rival", "unit", "ratio", "quartiles", "aim", "")]
-    for row in rows:
-        aim = "" if row.bound is None else f"{'≤' if row.unit == 'MiB' else '≥'} {row.bound:g}"
-        mark = "" if row.bound is None else "reached" if row.reached else "MISSED"
-        quartiles = f"{row.spread[0]:.2f}–{row.spread[1]:.2f}"
-        lines.append(
-            (
-                row.name,
-                f"{row.ours:.3g}",
-                f"{row.rival:.3g}",
-                row.unit,
-                f"{row.ratio:.2f}",
-                quartiles,
-                aim,
-                mark,
-            )
-        )
-    return markdown_table(lines)
-
-
 def main(
-    description: str | None, measure: Callable[..., list[Row]], parser: argparse.ArgumentParser | None = None
+    description: str | None,
+    measure: Callable[..., list[Row]],
+    *,
+    add_options: Callable[[ArgumentParser], None] | None = None,
 ) -> None:
     """Measure, print the table and, for `--json FILE`, write the rows there.
 
-    The options of `parser`, if any, are `measure`'s arguments.
+    The options that `add_options` adds are `measure`'s arguments.
     """
-    whole = argparse.ArgumentParser(
-        description=description,
-        parents=[parser] if parser else [],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    whole.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file, too")
-    options = vars(whole.parse_args())
+    parser = make_parser(description)
+    if add_options:
+        add_options(parser)
+    add_json(parser)
+    options = vars(parser.parse_args())
     to = options.pop("json")
     rows = measure(**options)
-    print(f"\n{table(rows)}\n\n{versions()}")
-    if to:
-        to.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+    publish([table(rows)], [row._asdict() for row in rows], to)

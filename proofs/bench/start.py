@@ -4,7 +4,6 @@
 empty cache folder and one after it, in turns.
 """
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -12,10 +11,9 @@ import time
 from pathlib import Path
 
 from proofs.bench.sidebyside import Row, compare, compare_times, main
+from proofs.program import ROOT, Program, main_command
 
-MAIN = Path(__file__).parents[2] / "main.py"
-RUN = (
-    "--config=configs/r18_r34.py",
+OPTIONS = (
     "--config.batch_size=16",
     "--config.log_every=1",
     "--config.data.source=digits",
@@ -45,7 +43,7 @@ def measure() -> list[Row]:
             ),
             compare_times(
                 "--help, beside python -c ''",
-                lambda: _python(str(MAIN), "--help"),
+                lambda: _python(str(ROOT / "main.py"), "--help"),
                 lambda: _python("-c", ""),
                 bound=None,
             ),
@@ -58,26 +56,20 @@ def first_step(cache: str) -> float:
     Raises:
         RuntimeError: the run ended before.
     """
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
-        rows = Path(folder) / "metrics.jsonl"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "run"
+        rows = folder / "metrics.jsonl"
         start = time.perf_counter()
-        run = subprocess.Popen(
-            [sys.executable, MAIN, *RUN, f"--workdir={folder}"],
-            env={**os.environ, "XDG_CACHE_HOME": cache},
-            cwd=MAIN.parent,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
+        run = Program(
+            main_command("r18_r34.py", folder, *OPTIONS),
+            Path(temporary) / "log",
+            environment={"XDG_CACHE_HOME": cache},
         )
         try:
-            while not (rows.exists() and rows.stat().st_size):
-                if run.poll() is not None:
-                    errors.seek(0)
-                    raise RuntimeError(f"the run ended before its first step:\n{errors.read()}")
-                time.sleep(0.01)
+            run.wait_until(lambda: rows.exists() and rows.stat().st_size, "its first step")
             return time.perf_counter() - start
         finally:
             run.kill()
-            run.wait()
 
 
 def _python(*arguments: str) -> None:

@@ -6,7 +6,6 @@ program's operations, or the bytes that it moves, would take all of what the mak
 channels-last.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +13,15 @@ import jax
 import numpy as np
 import torch
 from einops import rearrange
+from ml_collections import ConfigDict
 
-from configs import r18_r34
+from proofs import torch_step
+from proofs.bench.full_size import full_size
 from proofs.bench.sidebyside import Row, compare_times, main
-from proofs.fidelity import torch_step
-from proofs.fidelity.our_step import compile_step
-from proofs.fidelity.torch_resnet import random_torch_resnet
-from proofs.fidelity.torch_step import TorchStudent
+from proofs.compiled_step import compile_step
+from proofs.report import announce
+from proofs.torch_resnet import random_torch_resnet
+from proofs.torch_step import TorchStudent
 from tat_jax.data.pipeline import Batch
 
 SIZE, CLASSES = 224, 1000
@@ -31,20 +32,23 @@ PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
 def measure() -> list[Row]:
     """Compare with PyTorch eager and with `torch.compile`."""
     on_gpu = torch.cuda.is_available() and jax.default_backend() == "gpu"
-    batch_size, dtype = (256, "bfloat16") if on_gpu else (16, "float32")
+    config = full_size(on_gpu=on_gpu)
+    batch_size = config.batch_size
     device = "cuda" if on_gpu else "cpu"
     rng = np.random.default_rng(0)
     images = rng.normal(size=(batch_size, SIZE, SIZE, 3)).astype(np.float32)
     labels = rng.integers(0, CLASSES, batch_size).astype(np.int32)
-    ours, cost = our_step(images, labels, dtype)
-    what = f"step, batch {batch_size}, {dtype}, {device}"
+    batch = Batch(image=images, label=labels, where=np.ones(batch_size, bool))
+    step = compile_step(config, batch, num_classes=CLASSES)
+    ours, cost = step.repeated(), step.program.cost_analysis()
+    what = f"step, batch {batch_size}, {config.dtype}, {device}"
     rows = []
     for name, compiled, bound in (
         ("PyTorch eager", False, 1.3 if on_gpu else 1.0),
         ("torch.compile", True, 1.0 if on_gpu else None),
     ):
-        print(f"{what} beside {name}", file=sys.stderr, flush=True)
-        rival = pytorch_step(images, labels, device, compiled=compiled)
+        announce(f"{what} beside {name}")
+        rival = pytorch_step(config, images, labels, device, compiled=compiled)
         rows.append(
             compare_times(f"{what}, beside {name}", ours, rival, bound=bound, images=batch_size, rounds=9)
         )
@@ -69,24 +73,10 @@ def roofline(
     return Row(name, rate, batch_size / seconds, share, None, "images/s", (share, share))
 
 
-def our_step(
-    images: np.ndarray, labels: np.ndarray, dtype: str
-) -> tuple[Callable[[], Any], dict[str, float]]:
-    """Return a function that takes one step of `configs/r18_r34.py` and waits for it, and the program's cost.
-
-    Weights are random.
-    """
-    config = r18_r34.get_config()
-    config.update({"dtype": dtype, "batch_size": len(images), "bn_group": None})
-    config.student.weights = config.teacher.weights = "random"
-    rows = Batch(image=images, label=labels, where=np.ones(len(images), bool))
-    step = compile_step(config, rows, num_classes=CLASSES)
-    return step.repeated(), step.program.cost_analysis()
-
-
-def pytorch_step(images: np.ndarray, labels: np.ndarray, device: str, *, compiled: bool) -> Callable[[], Any]:
+def pytorch_step(
+    config: ConfigDict, images: np.ndarray, labels: np.ndarray, device: str, *, compiled: bool
+) -> Callable[[], None]:
     """Return a function that takes the same step in PyTorch, and waits for it."""
-    config = r18_r34.get_config()
     x = torch.from_numpy(rearrange(images, "b h w c -> b c h w")).to(
         device, memory_format=torch.channels_last
     )
@@ -98,21 +88,12 @@ def pytorch_step(images: np.ndarray, labels: np.ndarray, device: str, *, compile
         model.parameters(), lr=config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay
     )
     losses = torch.compile(torch_step.losses) if compiled else torch_step.losses
+    terms = torch_step.terms_of(config)
 
     def call() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss, *_ = losses(
-                model,
-                teacher,
-                x,
-                y,
-                **{name: config.loss[name] for name in ("alpha", "beta", "temperature")},
-                heads=config.tat.layer4.heads,
-                tat_weight=config.tat.layer4.weight,
-            )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+            loss, *_ = losses(model, teacher, x, y, **terms)
+        torch_step.take_step(optimizer, loss)
         loss.item()
 
     return call

@@ -9,25 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
 import torch
 from jaxtyping import Float
+from matplotlib.figure import Figure
 
 from configs import r18_r34
-from proofs.fidelity import our_step, torch_step
-from proofs.fidelity.claim import Claim, relative_error
-from proofs.fidelity.photographs import Photograph
-from proofs.fidelity.torch_step import TorchStudent
-from proofs.fidelity.weights import torch_images, torch_network
+from proofs import torch_step
+from proofs.fidelity import our_step
+from proofs.fidelity.claim import Claim
+from proofs.fidelity.weights import torch_network
+from proofs.photographs import Photograph
+from proofs.rounding import relative_error
+from proofs.torch_step import TorchStudent
+from proofs.torch_transforms import to_tensors
 from tat_jax import sharding
 from tat_jax.data.pipeline import Batch
 from tat_jax.data.transforms import decode, train_transform
 from tat_jax.metrics import progress
 from tat_jax.task import prepare
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 BATCH, CLASSES = 8, 1000
 # The published rate is for 2,048 images; with it, eight teach nothing but noise.
@@ -93,7 +93,7 @@ def pytorch(photos: list[Photograph], weights: Path | None, steps: int, dtype: t
     model, teacher = _torch_models(weights)
     model, teacher = model.to(dtype), teacher.to(dtype)
     tensors = (
-        (torch_images(batch["image"], dtype), torch.from_numpy(batch["label"]).long())
+        (to_tensors(batch["image"], dtype), torch.from_numpy(batch["label"]).long())
         for batch in _shown(batches(photos, steps), steps, f"PyTorch, {dtype}")
     )
     return np.array(list(torch_step.train(model, teacher, tensors, **_settings())))
@@ -102,11 +102,10 @@ def pytorch(photos: list[Photograph], weights: Path | None, steps: int, dtype: t
 def ours(photos: list[Photograph], weights: Path | None, steps: int) -> Curves:
     """Train with our step."""
     model, teacher = _torch_models(weights)
-    config, settings = r18_r34.get_config(), _settings()
+    config = r18_r34.get_config()
     config.batch_size = BATCH
     config.bn_group = None
-    config.optimizer.learning_rate = settings["learning_rate"]
-    config.loss.update({name: settings[name] for name in ("alpha", "beta", "temperature")})
+    config.optimizer.learning_rate = LEARNING_RATE
     mesh = sharding.make_mesh(jax.devices()[:1])
     prepared = prepare(
         config,
@@ -128,7 +127,8 @@ def ours(photos: list[Photograph], weights: Path | None, steps: int) -> Curves:
 def plot(curves: dict[str, Curves], picture: Path) -> None:
     """Draw the curves over each other, and below them how far each lies from the first."""
     reference = next(iter(curves.values()))
-    figure, axes = plt.subplots(2, len(TERMS), figsize=(12, 6), sharex=True, layout="constrained")
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    axes = figure.subplots(2, len(TERMS), sharex=True)
     looks: list[dict[str, Any]] = [{"lw": 5, "alpha": 0.3}, {"lw": 1.5}, {"lw": 1.5, "ls": "--"}]
     styles = dict(zip(curves, looks, strict=True))
     for i, term in enumerate(TERMS):
@@ -144,7 +144,6 @@ def plot(curves: dict[str, Curves], picture: Path) -> None:
     axes[1, 0].set_ylabel(f"relative distance to {next(iter(curves))}")
     axes[0, 0].legend()
     figure.savefig(picture, dpi=100)
-    plt.close(figure)
 
 
 def _torch_models(weights: Path | None):
@@ -159,11 +158,7 @@ def _settings() -> dict:
     return {
         "learning_rate": LEARNING_RATE,
         "weight_decay": config.optimizer.weight_decay,
-        "alpha": config.loss.alpha,
-        "beta": config.loss.beta,
-        "temperature": config.loss.temperature,
-        "heads": config.tat.layer4.heads,
-        "tat_weight": config.tat.layer4.weight,
+        **torch_step.terms_of(config),
     }
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from configs import base
 from proofs.fidelity.claim import Claim
-from proofs.fidelity.devices import Layout, start
+from proofs.program import Layout, run_everywhere
 from tat_jax import distill, sharding
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.sources import Example
@@ -92,7 +92,7 @@ def claims(images: int = 50_000, batch_sizes: tuple[int, ...] = BATCH_SIZES) -> 
     several = Layout(2, 4)
     command = [sys.executable, "-m", "proofs.fidelity.counts", str(images), *map(str, batch_sizes)]
     measured[str(several)] = [
-        row for text in start(several, command) for row in json.loads(text.splitlines()[-1])
+        row for text in run_everywhere(several, command) for row in json.loads(text.splitlines()[-1])
     ]
     sizes = ", ".join(map(str, batch_sizes))
     return [

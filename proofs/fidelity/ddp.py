@@ -10,21 +10,23 @@ import jax
 import numpy as np
 import torch
 from einops import rearrange
+from ml_collections import ConfigDict
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from configs import r18_r34
-from proofs.fidelity import our_step, torch_step
-from proofs.fidelity.claim import Claim, relative_error
-from proofs.fidelity.devices import Layout, free_port, start
-from proofs.fidelity.torch_resnet import TorchResNet, random_torch_resnet
-from proofs.fidelity.torch_step import TorchStudent
+from proofs import torch_step
+from proofs.fidelity import our_step
+from proofs.fidelity.claim import Claim
+from proofs.program import Layout, free_port, run_everywhere
+from proofs.rounding import relative_error
+from proofs.torch_resnet import TorchResNet, random_torch_resnet
+from proofs.torch_step import TorchStudent
 from tat_jax import sharding
 from tat_jax.data.pipeline import Batch
 from tat_jax.task import prepare
 
 PROCESSES, EACH, SIZE, WIDTH, CLASSES = 8, 2, 64, 8, 10
-_TERMS = {"alpha": 0.5, "beta": 0.5, "temperature": 2.0}
 
 
 def claims() -> list[Claim]:
@@ -78,13 +80,18 @@ def _batch() -> Batch:
     return Batch(image=images, label=labels, where=np.ones(count, bool))
 
 
+def _config() -> ConfigDict:
+    config = r18_r34.get_config()
+    config.loss.update({"alpha": 0.5, "beta": 0.5, "temperature": 2.0})
+    return config
+
+
 def _ours() -> tuple[float, dict[str, np.ndarray]]:
     """Take the step on as many devices; return the loss and the tensors after it."""
     model, teacher = _models()
-    config = r18_r34.get_config()
+    config = _config()
     config.update({"dtype": "float64", "batch_size": PROCESSES * EACH, "bn_group": EACH})
     config.data.image_size = SIZE
-    config.loss.update(_TERMS)
     config.optimizer.update({"name": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "momentum": 0.0})
     networks = {
         name: our_step.network(our_step.entries_of(m), architecture, dtype="float64", bn_group=EACH)
@@ -104,10 +111,8 @@ def _ours() -> tuple[float, dict[str, np.ndarray]]:
 def _torch_ranks() -> list[dict[str, np.ndarray]]:
     """Take the step in PyTorch's processes; return what each one holds after it."""
     with tempfile.TemporaryDirectory() as folder:
-        start(
-            Layout(PROCESSES, 1),
-            [sys.executable, "-m", "proofs.fidelity.ddp", str(free_port()), folder],
-        )
+        command = [sys.executable, "-m", "proofs.fidelity.ddp", str(free_port()), folder]
+        run_everywhere(Layout(PROCESSES, 1), command)
         return [dict(np.load(Path(folder) / f"{rank}.npz")) for rank in range(PROCESSES)]
 
 
@@ -121,16 +126,13 @@ def main(port: str, folder: str) -> None:
     model, teacher = _models()
     rows = slice(rank * EACH, (rank + 1) * EACH)
     batch = _batch()
-    tat = r18_r34.get_config().tat.layer4
     parallel = DistributedDataParallel(model)  # without this name it would be gone before the backward pass
     loss, *_ = torch_step.losses(
         parallel,
         teacher,
         torch.from_numpy(rearrange(batch["image"][rows], "b h w c -> b c h w")),
         torch.from_numpy(batch["label"][rows]).long(),
-        **_TERMS,
-        heads=tat.heads,
-        tat_weight=tat.weight,
+        **torch_step.terms_of(_config()),
     )
     loss.backward()
     held: dict[str, Any] = our_step.entries_of(model) | {"loss": loss.item()}

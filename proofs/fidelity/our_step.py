@@ -1,7 +1,6 @@
 """This package's own training step, started from weights that carry PyTorch's names."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +8,13 @@ import numpy as np
 import torch
 from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from tat_jax import checkpoint, distill, sharding
 from tat_jax.convert import convert_entries, to_ours, to_torch, torch_name
 from tat_jax.data.pipeline import Batch
 from tat_jax.distill import Distillation, TrainState
 from tat_jax.resnet import ResNet
-from tat_jax.task import Prepared, prepare
+from tat_jax.task import Prepared
 from tat_jax.train import jit_train_step
 
 # Our attributes of an embedding, and the published ones.
@@ -100,42 +98,3 @@ def _embeddings(model: Distillation) -> dict[str, nnx.Module]:
 def _published_name(path: str) -> str:
     module, leaf = torch_name(path).rsplit(".", 1)
     return f"{_EMBEDDING.get(module, module)}.{leaf}"
-
-
-class CompiledStep(NamedTuple):
-    """A program with what it is called with: `program(state, *others)`."""
-
-    program: Any
-    state: TrainState
-    others: tuple[Any, distill.Batch]
-
-    def repeated(self) -> Callable[[], None]:
-        """Return a function that takes the next step on the same batch, and waits for it."""
-        state = self.state
-
-        def call() -> None:
-            nonlocal state
-            state, metrics = self.program(state, *self.others)
-            jax.block_until_ready(metrics)
-
-        return call
-
-
-def compile_step(config: ConfigDict, rows: Batch, *, devices: int = 1, num_classes: int = 10) -> CompiledStep:
-    """Compile the step of a config, on a batch of such rows, for the first so many devices."""
-    mesh = sharding.make_mesh(jax.devices()[:devices])
-    prepared = prepare(config, mesh, num_classes=num_classes, steps_per_epoch=1)
-    (batch,) = sharding.put_batches([rows], mesh)
-    others = prepared.teacher, distill.Batch(**batch)
-    program = jit_train_step(prepared.task, mesh).lower(prepared.state, *others).compile()
-    return CompiledStep(program, prepared.state, others)
-
-
-def blank_rows(config: ConfigDict) -> Batch:
-    """Return a batch of black images."""
-    size = config.data.image_size
-    return Batch(
-        image=np.zeros((config.batch_size, size, size, 3), np.uint8),
-        label=np.zeros(config.batch_size, np.int32),
-        where=np.ones(config.batch_size, bool),
-    )

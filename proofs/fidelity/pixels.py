@@ -1,38 +1,27 @@
 """The pixels that training and evaluation see, compared with Pillow's and with torchvision's distribution."""
 
 import io
-import math
 
 import numpy as np
-import torch
 from PIL import Image
 from scipy import stats
 
 from proofs.fidelity.claim import Claim
-from proofs.fidelity.photographs import Photograph
+from proofs.photographs import Photograph
+from proofs.torch_transforms import (
+    RATIO,
+    RESIZE,
+    SCALE,
+    SIZE,
+    central_box,
+    crop_resize_and_flip,
+    random_boxes,
+    resize_and_centre_crop,
+)
 from tat_jax.data.transforms import crop_and_resize, decode, eval_transform, random_resized_crop_box
 
-SIZE, RESIZE = 224, 256
-SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 # Height and width: ImageNet's commonest, others, and two so long that drawing a crop mostly or always fails.
 SHAPES = [(375, 500), (500, 333), (97, 1024), (2000, 30), (224, 224)]
-
-
-def resize_and_centre_crop(image: Image.Image) -> np.ndarray:
-    """Return what torchvision's Resize(256) and CenterCrop(224) return of a Pillow image."""
-    shorter = min(image.size)
-    width, height = (int(RESIZE * side / shorter) for side in image.size)
-    resized = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = round((width - SIZE) / 2), round((height - SIZE) / 2)
-    return np.asarray(resized.crop((left, top, left + SIZE, top + SIZE)))
-
-
-def crop_resize_and_flip(image: Image.Image, box: tuple[int, int, int, int], flip: bool) -> np.ndarray:
-    """Return what torchvision's resized_crop and hflip return of a Pillow image, for a box and a flip."""
-    top, left, height, width = box
-    crop = image.crop((left, top, left + width, top + height))
-    resized = crop.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-    return np.asarray(resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else resized)
 
 
 def shift(ours: np.ndarray, reference: np.ndarray) -> float:
@@ -46,37 +35,6 @@ def shift(ours: np.ndarray, reference: np.ndarray) -> float:
     return float(np.linalg.norm(solution))
 
 
-def torchvision_boxes(height: int, width: int, count: int) -> np.ndarray:
-    """Draw (top, left, height, width) as torchvision's RandomResizedCrop does, from PyTorch's generator."""
-    generator = torch.Generator().manual_seed(0)
-
-    def uniform(low: float, high: float) -> torch.Tensor:
-        return torch.empty(count, 10, dtype=torch.float64).uniform_(low, high, generator=generator)
-
-    area = height * width * uniform(*SCALE)
-    aspect = torch.exp(uniform(math.log(RATIO[0]), math.log(RATIO[1])))
-    w, h = torch.round(torch.sqrt(area * aspect)), torch.round(torch.sqrt(area / aspect))
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = torch.arange(count), fits.int().argmax(1)
-    w, h = w[first], h[first]
-    top, left = (
-        torch.floor(torch.rand(count, dtype=torch.float64, generator=generator) * (room + 1))
-        for room in (height - h, width - w)
-    )
-    boxes = torch.stack([top, left, h, w], dim=1).long().numpy()
-    boxes[~fits.any(1).numpy()] = _central_box(height, width)
-    return boxes
-
-
-def _central_box(height: int, width: int) -> tuple[int, int, int, int]:
-    w, h = width, height
-    if width / height < RATIO[0]:
-        h = round(width / RATIO[0])
-    elif width / height > RATIO[1]:
-        w = round(height * RATIO[1])
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
 def box_p_values(height: int, width: int, count: int) -> dict[str, float]:
     """Return, for each property of a crop, how probable so large a difference is between equal distributions.
 
@@ -84,7 +42,7 @@ def box_p_values(height: int, width: int, count: int) -> dict[str, float]:
     """
     rng = np.random.default_rng(1)
     ours = np.array([random_resized_crop_box(height, width, rng, SCALE, RATIO) for _ in range(count)])
-    theirs = torchvision_boxes(height, width, count)
+    theirs = random_boxes(height, width, count)
     values = {}
     for name, of in {
         "top": lambda b: b[:, 0],
@@ -95,7 +53,7 @@ def box_p_values(height: int, width: int, count: int) -> dict[str, float]:
         "ratio": lambda b: b[:, 3] / b[:, 2],
     }.items():
         values[name] = float(stats.ks_2samp(of(ours), of(theirs), method="asymp").pvalue)
-    central = [int((b == _central_box(height, width)).all(1).sum()) for b in (ours, theirs)]
+    central = [int((b == central_box(height, width)).all(1).sum()) for b in (ours, theirs)]
     counts = [[n, count - n] for n in central]
     values["no crop fits"] = float(stats.fisher_exact(counts).pvalue)
     return values

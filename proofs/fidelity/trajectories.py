@@ -21,16 +21,20 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import r18_r34
-from proofs.fidelity import our_step, torch_resnet, torch_step
-from proofs.fidelity.claim import Claim, largest_relative_error, relative_error, table
-from proofs.fidelity.torch_resnet import TorchResNet
-from proofs.fidelity.torch_step import TorchStudent
+from proofs import torch_resnet, torch_step
+from proofs.fidelity import our_step
+from proofs.fidelity.claim import Claim
+from proofs.program import ROOT
+from proofs.report import table
+from proofs.rounding import largest_relative_error, relative_error
+from proofs.torch_resnet import TorchResNet
+from proofs.torch_step import TorchStudent
 from tat_jax import distill, sharding
 from tat_jax.data.pipeline import Batch
 from tat_jax.resnet import ARCHITECTURES, BasicBlock, ResNet
 from tat_jax.task import Prepared, prepare
 
-GOLDEN = Path(__file__).parents[2] / "tests" / "golden" / "published_code.json"
+GOLDEN = ROOT / "tests" / "golden" / "published_code.json"
 
 
 def recorded(file: Path = GOLDEN) -> list[dict[str, Any]]:

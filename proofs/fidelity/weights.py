@@ -11,14 +11,15 @@ import jax
 import numpy as np
 import safetensors.numpy
 import torch
-from einops import rearrange
 from flax import nnx
 from jaxtyping import Float, UInt8
 
 from proofs.fidelity import our_step
-from proofs.fidelity.claim import Claim, relative_error
-from proofs.fidelity.photographs import Photograph
-from proofs.fidelity.torch_resnet import TorchResNet, random_torch_resnet
+from proofs.fidelity.claim import Claim
+from proofs.photographs import Photograph
+from proofs.rounding import relative_error
+from proofs.torch_resnet import TorchResNet, random_torch_resnet
+from proofs.torch_transforms import to_tensors
 from tat_jax import checkpoint, convert, distill
 from tat_jax.data.transforms import decode, eval_transform
 from tat_jax.metrics import progress
@@ -123,14 +124,4 @@ def _jitted(model: nnx.Module) -> Callable[[np.ndarray], jax.Array]:
 
 
 def _without_gradient(model: TorchResNet) -> Callable[[np.ndarray], torch.Tensor]:
-    return torch.no_grad()(lambda images: model(torch_images(images)))
-
-
-def torch_images(
-    images: UInt8[np.ndarray, "batch height width 3"], dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    """Return pixels as torchvision's ToTensor and Normalize do."""
-    pixels = torch.from_numpy(rearrange(images, "b h w c -> b c h w")).to(dtype) / 255
-    mean = torch.tensor([0.485, 0.456, 0.406], dtype=dtype)[:, None, None]
-    std = torch.tensor([0.229, 0.224, 0.225], dtype=dtype)[:, None, None]
-    return (pixels - mean) / std
+    return torch.no_grad()(lambda images: model(to_tensors(images)))

@@ -3,62 +3,41 @@
 Parts that are named run alone. Each writes its table into docs/torture.md.
 """
 
-import argparse
-import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 
-from proofs.fidelity.photographs import photographs
-from proofs.fidelity.report import versions, write_between
+from proofs.command import Part, make_parser, run_parts
+from proofs.photographs import add_photos
+from proofs.program import ROOT
 from proofs.torture import disk, elastic, endurance, kill, preemption, processes, strangers
-from proofs.torture.fault import Fault, table
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "torture.md"
+DOCUMENT = ROOT / "docs" / "torture.md"
+PARTS: Mapping[str, Part] = {
+    "kill": lambda _: kill.faults(),
+    "preemption": lambda _: preemption.faults(),
+    "elastic": lambda _: elastic.faults(),
+    "processes": lambda _: processes.faults(),
+    "disk": lambda _: disk.faults(),
+    "strangers": lambda chosen: strangers.faults(
+        photos=[photo.jpeg for photo in chosen.photos[:50]],
+        seconds=60 * chosen.fuzz,
+        keep=Path("runs") / "strangers",
+    ),
+    "endurance": lambda chosen: endurance.faults(chosen.long, plot=DOCUMENT.with_name("endurance.png")),
+}
 
 
 def main() -> None:
     """Run the parts that the command line names; exit with 1 if something did not survive."""
-    parser = argparse.ArgumentParser(
-        prog="python -m proofs.torture",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--photos", type=Path, help="a folder of JPEG files; else pieces of scikit-learn's two"
-    )
+    parser = make_parser(__doc__, prog="python -m proofs.torture")
+    add_photos(parser)
     parser.add_argument(
         "--fuzz", type=float, default=10, metavar="MINUTES", help="for each of images, weights"
     )
     parser.add_argument("--long", type=float, default=60, metavar="MINUTES", help="of the long run")
-    names = ("kill", "preemption", "elastic", "processes", "disk", "strangers", "endurance")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(names)}; else all")
-    options = parser.parse_args()
-    parts: dict[str, Callable[[], list[Fault]]] = {
-        "kill": kill.faults,
-        "preemption": preemption.faults,
-        "elastic": elastic.faults,
-        "processes": processes.faults,
-        "disk": disk.faults,
-        "strangers": lambda: strangers.faults(
-            photos=[photo.jpeg for photo in photographs(options.photos, 50)],
-            seconds=60 * options.fuzz,
-            keep=Path("runs") / "strangers",
-        ),
-        "endurance": lambda: endurance.faults(options.long, plot=DOCUMENT.with_name("endurance.png")),
-    }
-    if unknown := set(options.parts) - set(parts):
-        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
-    broken = []
-    for name in options.parts or parts:
-        print(f"{name} …", file=sys.stderr, flush=True)
-        found = parts[name]()
-        print(f"\n{table(found)}\n", flush=True)
-        write_between(DOCUMENT, name, f"{table(found)}\n\nMeasured with {versions()}.")
-        broken += [fault for fault in found if fault.survived < fault.tried]
-    if broken:
-        sys.exit(f"{len(broken)} did not survive:\n{table(broken)}")
+    run_parts(parser, PARTS, DOCUMENT)
 
 
 if __name__ == "__main__":

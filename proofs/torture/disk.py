@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from proofs.torture.fault import Fault
+from proofs.torture.fault import Fault, judge
 from proofs.torture.small_run import STEPS, Run, contents, differences, finish, small_config
 from tat_jax import checkpoint, sharding
 from tat_jax.distill import TrainState
@@ -60,7 +60,7 @@ def _full(folder: Path, whole: Path, size: str) -> Fault:
     finish(folder / "kept" / "run", EPOCHS)
     wrong += differences(folder / "kept" / "run", whole)
     lost = f"nothing; continued from step {kept[-1] if kept else 0}"
-    return Fault(f"disk of {size}B full while saving, then room", 1, int(not wrong), "; ".join(wrong) or lost)
+    return judge(f"disk of {size}B full while saving, then room", 1, wrong, lost)
 
 
 def _read_only(folder: Path, whole: Path) -> Fault:
@@ -76,22 +76,21 @@ def _read_only(folder: Path, whole: Path) -> Fault:
         wrong.append("something was written")
     finish(folder / "disk" / "run", EPOCHS)
     wrong += differences(folder / "disk" / "run", whole)
-    lost = "; ".join(wrong) or "nothing"
-    return Fault("read-only folder, new or of a run, then writable", 2, 0 if wrong else 2, lost)
+    return judge("read-only folder, new or of a run, then writable", 2, wrong)
 
 
 def _deleted(folder: Path) -> Fault:
     """Delete the folder of a run that is at work, in the middle of a save."""
     run = Run(folder / "run", "--config.epochs=1000")
-    run.wait_until(lambda: checkpoint.steps(run.folder))
-    run.wait_until(lambda: any((run.folder / "checkpoints").glob("*tmp*")))
+    run.wait_until(lambda: checkpoint.steps(run.folder), "a checkpoint")
+    run.wait_until(lambda: any((run.folder / "checkpoints").glob("*tmp*")), "a save")
     run.folder.rename(folder / "moved")  # gone at once, as no deletion is
     shutil.rmtree(folder / "moved")
     run.wait()
     wrong = _refused(run, "was moved or deleted")
     if checkpoint.steps(run.folder):
         wrong.append("a checkpoint was written in its place")
-    return Fault("folder deleted while saving", 1, int(not wrong), "; ".join(wrong) or "what was deleted")
+    return judge("folder deleted while saving", 1, wrong, "what was deleted")
 
 
 def _damaged_and_continued(folder: Path, whole: Path) -> Fault:
@@ -105,7 +104,7 @@ def _damaged_and_continued(folder: Path, whole: Path) -> Fault:
     if not ("cannot be read" in said and (folder / "damaged" / latest.name).is_dir()):
         wrong.append("the damage was not told, or not kept")
     lost = f"nothing; {4 * STEPS - checkpoint.steps(whole)[-2]} steps computed anew"
-    return Fault("bit flipped in a checkpoint, run again", 1, int(not wrong), "; ".join(wrong) or lost)
+    return judge("bit flipped in a checkpoint, run again", 1, wrong, lost)
 
 
 def damaged_checkpoints(whole: Path, *, files: int | None = None) -> list[Fault]:

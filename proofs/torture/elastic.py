@@ -5,12 +5,11 @@ import signal
 import tempfile
 from pathlib import Path
 
-from proofs.fidelity.claim import largest_relative_error
-from proofs.fidelity.devices import SINGLE
-from proofs.torture.fault import Fault
+from proofs import rounding
+from proofs.program import logged
+from proofs.torture.fault import Fault, judge
 from proofs.torture.small_run import Run, contents, finish, rows
 
-_ROUNDING = 5e-6  # float32, relative, over 20 steps
 _TAKEN = {
     "--config.epochs=3": "epochs: 2 there, 3 now",
     "--config.loss.alpha=0.2": "loss.alpha: 0.1 there, 0.2 now",
@@ -30,24 +29,20 @@ def faults() -> list[Fault]:
 
 def _devices(folder: Path) -> Fault:
     whole, moved = folder / "whole", folder / "moved"
-    options = (*SINGLE, "--config.epochs=4", "--config.bn_group=2")
+    options = (rounding.RATE, "--config.epochs=4", "--config.bn_group=2")
     finish(whole, *options, devices=8)
     for devices, threads, until in ((8, 2, 4), (2, 0, 11)):
         run = Run(moved, *options, f"--config.data.threads={threads}", devices=devices)
         _stop_after(run, until)
     finish(moved, *options, "--config.data.threads=3", devices=1)
-    ours, theirs = _losses(moved), _losses(whole)
-    error = largest_relative_error(ours, theirs) if len(ours) == len(theirs) else float("inf")
-    return Fault(
-        "8 devices, then 2, then 1; 2 threads, 0, 3",
-        2,
-        2 if error <= _ROUNDING else 0,
-        f"nothing; losses differ by {error:.1e} at most",
-    )
+    error = rounding.largest_relative_error(logged(moved), logged(whole))
+    differ = f"losses differ by {error:.1e} at most"
+    wrong = [differ] if error > rounding.SINGLE else []
+    return judge("8 devices, then 2, then 1; 2 threads, 0, 3", 2, wrong, f"nothing; {differ}")
 
 
 def _stop_after(run: Run, steps: int) -> None:
-    run.wait_until(lambda: " devices " in run.output and len(_losses(run.folder)) >= steps)
+    run.wait_until(lambda: " devices " in run.output and len(logged(run.folder)) >= steps, f"step {steps}")
     run.process.send_signal(signal.SIGTERM)
     run.wait()
 
@@ -69,17 +64,6 @@ def _configs(folder: Path) -> list[Fault]:
     if not kept or rows(run)[-1]["epoch"] != 3:
         missing.append("the config before, or the third epoch")
     return [
-        Fault(
-            "another batch size, network, seed", 3, 0 if wrong else 3, "; ".join(wrong) or "nothing; refused"
-        ),
-        Fault(
-            "more epochs and another weight",
-            1,
-            int(not missing),
-            "; ".join(missing) or "nothing; shown and taken",
-        ),
+        judge("another batch size, network, seed", len(_REFUSED), wrong, "nothing; refused"),
+        judge("more epochs and another weight", 1, missing, "nothing; shown and taken"),
     ]
-
-
-def _losses(folder: Path) -> list[float]:
-    return [row["train/loss"] for row in rows(folder) if "train/loss" in row]

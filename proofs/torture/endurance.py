@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
+from proofs.program import logged
 from proofs.torture.fault import Fault
 from proofs.torture.small_run import Run
 from tat_jax.metrics import read_rows
@@ -46,8 +47,7 @@ def record(minutes: float) -> Record:
     seconds, resident, files = [], [], []
     with tempfile.TemporaryDirectory() as temporary:
         run = Run(Path(temporary) / "long", *_OPTIONS)
-        if not run.wait_until(lambda: read_rows(run.folder)):
-            raise RuntimeError(f"the run ended before its first row:\n{run.output[-3000:]}")
+        run.wait_until(lambda: read_rows(run.folder), "its first row")
         began = time.monotonic()
         while time.monotonic() < began + 60 * minutes and run.process.poll() is None:
             seconds.append(time.monotonic() - began)
@@ -58,7 +58,7 @@ def record(minutes: float) -> Record:
             raise RuntimeError(f"the run ended with {run.process.returncode}:\n{run.output[-3000:]}")
         run.process.send_signal(signal.SIGTERM)
         run.wait()
-        speed = [r["train/images_per_second"] for r in read_rows(run.folder) if "train/loss" in r]
+        speed = logged(run.folder, "train/images_per_second")
     return Record(*(np.array(column, float) for column in (seconds, resident, files, speed)))
 
 

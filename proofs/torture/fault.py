@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from proofs.fidelity.report import markdown_table
-
 
 class Fault(NamedTuple):
     """One line of the table.
@@ -21,8 +19,21 @@ class Fault(NamedTuple):
     survived: int
     lost: str
 
+    @property
+    def holds(self) -> bool:
+        """Return whether it was survived every time."""
+        return self.survived == self.tried
 
-def table(faults: Sequence[Fault]) -> str:
-    """Return the faults as a Markdown table."""
-    rows = [("fault", "tried", "survived", "lost")]
-    return markdown_table(rows + [(f.fault, str(f.tried), str(f.survived), f.lost) for f in faults])
+    def cells(self) -> dict[str, str]:
+        """Return what stands in the line, by heading."""
+        return {
+            "fault": self.fault,
+            "tried": str(self.tried),
+            "survived": str(self.survived),
+            "lost": self.lost,
+        }
+
+
+def judge(fault: str, tried: int, wrong: Sequence[str], lost: str = "nothing") -> Fault:
+    """Return the line of what was survived every time, with what it lost, or, if anything is wrong, never."""
+    return Fault(fault, tried, 0 if wrong else tried, "; ".join(wrong) or lost)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from proofs.torture.fault import Fault
+from proofs.torture.fault import Fault, judge
 from proofs.torture.small_run import STEPS, Run, differences, finish
 from tat_jax import checkpoint
 from tat_jax.metrics import read_rows
@@ -31,8 +31,7 @@ def faults(phases: Sequence[str] = PHASES * 5, *, epochs: int = 40, seed: int = 
         repeated = 0
         for phase in phases:
             run = Run(killed, option)
-            if not run.wait_until(_begins(phase, run)):
-                raise RuntimeError(f"the run ended before {phase}:\n{run.output[-3000:]}")
+            run.wait_until(_begins(phase, run), phase)
             time.sleep(rng.uniform(0, _PHASES[phase]))
             run.process.send_signal(signal.SIGKILL)
             run.wait()
@@ -45,9 +44,11 @@ def faults(phases: Sequence[str] = PHASES * 5, *, epochs: int = 40, seed: int = 
             different.append(f"epochs evaluated: {evaluated}")
         if steps != list(range(1, epochs * STEPS + 1)):
             different.append(f"steps logged: {steps}")
-    lost = "; ".join(different) or f"nothing; at most {repeated} steps computed anew"
-    counts = {phase: phases.count(phase) for phase in dict.fromkeys(phases)}
-    return [Fault(f"SIGKILL in {p}, run again", n, 0 if different else n, lost) for p, n in counts.items()]
+    lost = f"nothing; at most {repeated} steps computed anew"
+    return [
+        judge(f"SIGKILL in {phase}, run again", phases.count(phase), different, lost)
+        for phase in dict.fromkeys(phases)
+    ]
 
 
 def _begins(phase: str, run: Run) -> Callable[[], object]:

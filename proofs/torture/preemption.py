@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from proofs.torture.fault import Fault
+from proofs.torture.fault import Fault, judge
 from proofs.torture.small_run import Run, differences, finish
 from tat_jax.metrics import read_rows
 
@@ -36,29 +36,22 @@ def faults(signals: Sequence[int] = SIGNALS * 4, *, epochs: int = 24, seed: int 
             found.append((f"{signal.Signals(number).name}, run again", len(waits), ended, wrong))
         run = _at_work(stopped, option)
         run.process.send_signal(signal.SIGINT)
-        run.wait_until(lambda: "once more stops at once" in run.output)
+        run.wait_until(lambda: "once more stops at once" in run.output, "it says how to stop at once")
         seconds = _seconds_to_end(run, signal.SIGINT)
         wrong = [] if run.process.returncode == -signal.SIGINT and seconds < 1 else [f"{seconds:.1f} s"]
         found.append(("Ctrl-C twice, run again", 1, f"ended within {seconds:.2f} s of the second", wrong))
         finish(stopped, option)
         different = differences(stopped, whole)
-    return [
-        Fault(
-            name,
-            tried,
-            0 if different or wrong else tried,
-            "; ".join([*different, *wrong]) or f"nothing; {how}",
-        )
-        for name, tried, how, wrong in found
-    ]
+    return [judge(name, tried, [*different, *wrong], f"nothing; {how}") for name, tried, how, wrong in found]
 
 
 def _at_work(folder: Path, option: str) -> Run:
     """Start a run, and return it when it has taken a step."""
     before = read_rows(folder)
     run = Run(folder, option)
-    if not run.wait_until(lambda: " devices " in run.output and len(read_rows(folder)) > len(before)):
-        raise RuntimeError(f"the run ended before its first step:\n{run.output[-3000:]}")
+    run.wait_until(
+        lambda: " devices " in run.output and len(read_rows(folder)) > len(before), "its first step"
+    )
     return run
 
 

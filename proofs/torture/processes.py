@@ -6,16 +6,15 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from proofs.fidelity.claim import largest_relative_error
-from proofs.fidelity.devices import ROOT, SINGLE, by_address, free_port
-from proofs.torture.fault import Fault
-from proofs.torture.small_run import Run, differences, finish, rows, small_config
+from proofs import rounding
+from proofs.program import ROOT, by_address, free_port, logged
+from proofs.torture.fault import Fault, judge
+from proofs.torture.small_run import Run, differences, finish, small_config
 from tat_jax import checkpoint
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.sources import open_source
 
 Environments = list[dict[str, str]]
-_ROUNDING = 5e-6  # float32, relative
 _EPOCHS, _KILLED_EPOCHS = "--config.epochs=2", "--config.epochs=6"
 # Holds a sitecustomize.py, which Python runs before all else.
 _TPU_MACHINE = Path(__file__).parent / "tpu_machine"
@@ -58,7 +57,7 @@ def start_faults(starts: tuple[str, ...]) -> list[Fault]:
     """Start processes in each of the ways, and compare what they do with one process."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        finish(folder / "one", _EPOCHS, *SINGLE)
+        finish(folder / "one", _EPOCHS, rounding.RATE)
         return [_started(folder, start) for start in starts]
 
 
@@ -78,20 +77,17 @@ def _start(folder: Path, environments: Environments, *options: str) -> list[Run]
 def _started(folder: Path, start: str) -> Fault:
     environments, count = STARTS[start]
     together = folder / start.replace(" ", "_")
-    runs = _start(together, environments(count), _EPOCHS, *SINGLE)
+    runs = _start(together, environments(count), _EPOCHS, rounding.RATE)
     codes = [run.wait() for run in runs]
     wrong = [f"process {i}: {code}: {runs[i].output[-300:]}" for i, code in enumerate(codes) if code]
     talkative = [i for i, run in enumerate(runs) if "images/s" in run.output or "top-1" in run.output]
     if talkative != [0]:
         wrong.append(f"bars and lines of processes {talkative}")
-    losses, expected = (
-        [row["train/loss"] for row in rows(run) if "train/loss" in row] for run in (together, folder / "one")
-    )
-    error = largest_relative_error(losses, expected) if len(losses) == len(expected) else float("inf")
-    if error > _ROUNDING:
-        wrong.append("other losses")
-    lost = f"nothing; losses differ from one process's by {error:.1e}"
-    return Fault(start, 1, int(not wrong), "; ".join(wrong) or lost)
+    error = rounding.largest_relative_error(logged(together), logged(folder / "one"))
+    differ = f"losses differ from one process's by {error:.1e}"
+    if error > rounding.SINGLE:
+        wrong.append(differ)
+    return judge(start, 1, wrong, f"nothing; {differ}")
 
 
 def share_fault() -> Fault:
@@ -114,14 +110,15 @@ def share_fault() -> Fault:
     step = int(written[0].name.removeprefix("step").split("_")[0])
     names = whole.names(0, step)
     held = codes == [1, 1] and shares == [names[: len(names) // 2], names[len(names) // 2 :]]
-    lost = "nothing; each names its own half of the batch" if held else f"codes {codes}, shares {shares}"
-    return Fault("a loss that is no number, in 2 processes", 1, int(held), lost)
+    wrong = [] if held else [f"codes {codes}, shares {shares}"]
+    lost = "nothing; each names its own half of the batch"
+    return judge("a loss that is no number, in 2 processes", 1, wrong, lost)
 
 
 def _killed(killed: Path, whole: Path, victim: int) -> Fault:
     """Kill one of two processes when a checkpoint has been saved, and run both again."""
     runs = _start(killed, by_address(2), _KILLED_EPOCHS)
-    runs[0].wait_until(lambda: checkpoint.steps(killed))
+    runs[0].wait_until(lambda: checkpoint.steps(killed), "a checkpoint")
     runs[victim].process.send_signal(signal.SIGKILL)
     began = time.monotonic()
     survivor = runs[1 - victim]
@@ -137,4 +134,4 @@ def _killed(killed: Path, whole: Path, victim: int) -> Fault:
         wrong.append("started anew")
     wrong += differences(killed, whole)
     lost = f"nothing; the other ended after {seconds:.0f} s"
-    return Fault(f"SIGKILL to process {victim} of 2, run again", 1, int(not wrong), "; ".join(wrong) or lost)
+    return judge(f"SIGKILL to process {victim} of 2, run again", 1, wrong, lost)

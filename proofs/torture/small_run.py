@@ -1,10 +1,6 @@
 """A run of `main.py` small enough to be interrupted often, started as users start it; what it leaves."""
 
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +9,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import r18_r34
-from proofs.fidelity.devices import ROOT
+from proofs.program import Environment, Program, main_command, simulated
 from tat_jax import checkpoint
 from tat_jax.metrics import read_rows
 
-MAIN = ROOT / "main.py"
 STEPS = 5  # an epoch
 # A log row for each step, and a checkpoint within nearly every epoch.
 _CHANGES = {
@@ -30,11 +25,7 @@ _CHANGES = {
     "teacher.width": 4,
     "checkpoint_minutes": 0.01,
 }
-OPTIONS = (
-    f"--config={ROOT}/configs/r18_r34.py:smoke",
-    *(f"--config.{name}={value}" for name, value in _CHANGES.items()),
-)
-_LIMIT = 300  # seconds after which a run counts as hanging
+OPTIONS = tuple(f"--config.{name}={value}" for name, value in _CHANGES.items())
 
 
 def small_config() -> ConfigDict:
@@ -44,7 +35,7 @@ def small_config() -> ConfigDict:
     return config
 
 
-class Run:
+class Run(Program):
     """One process of `main.py`.
 
     Args:
@@ -60,60 +51,19 @@ class Run:
         self,
         folder: Path,
         *options: str,
-        environment: Mapping[str, str] | None = None,
+        environment: Environment | None = None,
         prefix: tuple[str, ...] = (),
         devices: int = 1,
         log: Path | None = None,
     ):
         self.folder = folder
-        self._log = log or folder.with_name(f"{folder.name}_{time.monotonic_ns()}.log")
-        own = {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "PYTHONPATH": str(ROOT),
-            # Read and written by all, so that only the first of a kind is compiled.
-            "XDG_CACHE_HOME": str(folder.parent / "cache"),
-        }
-        command = [*prefix, sys.executable, str(MAIN), *OPTIONS, f"--workdir={folder}", *options]
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("w") as output:
-            self.process = subprocess.Popen(
-                command,
-                env={**os.environ, **own, **(environment or {})},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    @property
-    def output(self) -> str:
-        """Return what it has printed so far."""
-        return self._log.read_text(errors="replace")
-
-    def wait_until(self, holds: Callable[[], object]) -> bool:
-        """Wait until something holds; return whether that was before the process ended.
-
-        Raises:
-            TimeoutError: neither came.
-        """
-        end = time.monotonic() + _LIMIT
-        while time.monotonic() < end:
-            if holds():
-                return True
-            if self.process.poll() is not None:
-                return False
-            time.sleep(0.002)
-        self.process.kill()
-        raise TimeoutError(f"{self.folder} hangs:\n{self.output[-3000:]}")
-
-    def wait(self) -> int:
-        """Return the code with which the process ends.
-
-        Raises:
-            TimeoutError: it does not.
-        """
-        self.wait_until(lambda: False)
-        return self.process.wait()
+        # Read and written by all, so that only the first of a kind is compiled.
+        cache = {"XDG_CACHE_HOME": str(folder.parent / "cache")}
+        super().__init__(
+            [*prefix, *main_command("r18_r34.py:smoke", folder, *OPTIONS, *options)],
+            log or folder.with_name(f"{folder.name}_{time.monotonic_ns()}.log"),
+            environment={**simulated(devices), **cache, **(environment or {})},
+        )
 
 
 def finish(folder: Path, *options: str, devices: int = 1) -> str:
@@ -122,10 +72,7 @@ def finish(folder: Path, *options: str, devices: int = 1) -> str:
     Raises:
         RuntimeError: the run fails.
     """
-    run = Run(folder, *options, devices=devices)
-    if code := run.wait():
-        raise RuntimeError(f"{folder} ended with {code}:\n{run.output[-3000:]}")
-    return run.output
+    return Run(folder, *options, devices=devices).finish()
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

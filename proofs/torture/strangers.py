@@ -5,56 +5,21 @@ Python's audit events, for anything executed or written.
 """
 
 import itertools
-import multiprocessing
 import os
-import resource
 import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
-from proofs.torture import attacks
-from proofs.torture.attacks import Files
+from proofs.torture import hostile_images, hostile_weights, mutation, packing
 from proofs.torture.fault import Fault
-
-SECONDS = 10.0  # one file may take
-# One file may take: 89 million pixels in Pillow's four bytes, in their mode and in RGB, and as bytes.
-MEBIBYTES = 1536
-_START = 120.0  # seconds for a process to import everything
-_ADDRESSES = 8 << 30  # bytes, so that what is not bounded ends there and not with the machine
-# What reading a file never does; nor does it open files to write them.
-_AUDITED = (
-    *("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "compile"),
-    *("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.chmod", "pickle.find_class"),
-)
-
-
-class Outcome(NamedTuple):
-    """What became of one file.
-
-    Attributes:
-        name: the file's.
-        verdict: "read", "refused", or what went wrong.
-        seconds: it took.
-        mebibytes: by which the process grew at most.
-    """
-
-    name: str
-    verdict: str
-    seconds: float
-    mebibytes: float
-
-    @property
-    def survived(self) -> bool:
-        """Whether the file was read or refused, in bounded time and memory."""
-        return self.verdict in ("read", "refused") and self.seconds < SECONDS and self.mebibytes < MEBIBYTES
+from proofs.torture.packing import Files
+from proofs.torture.watch import Outcome, try_all
 
 
 def command(path: Path) -> str:
@@ -128,7 +93,7 @@ def input_road(path: Path) -> str:
         shutil.rmtree(root)
 
 
-def _written(folder: Path, files: Files) -> Iterator[Path]:
+def write_in_turns(folder: Path, files: Files) -> Iterator[Path]:
     """Write each file, yield its path, and remove it."""
     for name, data in files.items():
         path = folder / name
@@ -139,7 +104,7 @@ def _written(folder: Path, files: Files) -> Iterator[Path]:
 
 def _mutants(folder: Path, seeds: Files, seconds: float, seed: int) -> Iterator[Path]:
     """Write mutants of the files for so long; the sound ones come first, and must be read."""
-    yield from _written(folder, {f"sound-{name}": data for name, data in seeds.items()})
+    yield from write_in_turns(folder, {f"sound-{name}": data for name, data in seeds.items()})
     rng = np.random.default_rng(seed)
     names, end = sorted(seeds), time.monotonic() + seconds
     for count in itertools.count():
@@ -147,96 +112,8 @@ def _mutants(folder: Path, seeds: Files, seconds: float, seed: int) -> Iterator[
             return
         name, other = (names[int(i)] for i in rng.integers(len(names), size=2))
         zipped = name.endswith(".zip.pth") and rng.random() < 0.8
-        mutate = attacks.mutated_members if zipped else attacks.mutated
-        yield from _written(folder, {f"{seed}-{count}-{name}": mutate(seeds[name], seeds[other], rng)})
-
-
-def _peak(*, anew: bool) -> float:
-    """Return the most memory that this process has had, in MiB, `anew` counting from now on."""
-    if anew:
-        Path("/proc/self/clear_refs").write_text("5")
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
-def _work(
-    sender: Connection,
-    attempt: Callable[[Path], str],
-    inputs: Callable[..., Iterator[Path]],
-    arguments: tuple[Any, ...],
-    keep: Path,
-) -> None:
-    """Try what `inputs` yields; send each path before its trial, and its outcome after it."""
-    events: list[str] = []
-    watching = False
-
-    def hook(event: str, details: tuple[Any, ...]) -> None:
-        if not watching:
-            return
-        writes = event == "open" and (details[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if writes or event in _AUDITED:
-            events.append(f"{event} {details!r:.200}")
-
-    with (keep / "output.txt").open("a") as output:  # libtiff has something to say of every mutant
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    silent = attempt is not input_road  # that one makes a folder itself, and deletes it
-    sys.addaudithook(hook)
-    resource.setrlimit(resource.RLIMIT_AS, (_ADDRESSES, _ADDRESSES))
-    for count, path in enumerate(inputs(*arguments)):
-        sender.send(path)
-        listing = sorted(os.listdir(path.parent))
-        before, began = _peak(anew=True), time.monotonic()
-        watching = silent and count > 0  # the first imports what is imported late
-        try:
-            verdict = attempt(path)
-        except BaseException as error:
-            verdict = f"{type(error).__name__}: {error!s:.200}"
-        watching = False
-        took, grew = time.monotonic() - began, _peak(anew=False) - before
-        if verdict != "read" and (events or sorted(os.listdir(path.parent)) != listing):
-            verdict = "; ".join(events[:3]) or f"left {sorted(os.listdir(path.parent))}"
-        events.clear()
-        outcome = Outcome(path.name, verdict, took, grew)
-        if not outcome.survived:
-            shutil.copy(path, keep)
-        sender.send(outcome)
-
-
-def _outcomes(
-    attempt: Callable[[Path], str],
-    inputs: Callable[..., Iterator[Path]],
-    arguments: tuple[Any, ...],
-    keep: Path,
-) -> list[Outcome]:
-    """Return the outcomes of a process of its own, and its death if it died; copy what failed to `keep`."""
-    keep.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(sender, attempt, inputs, arguments, keep))
-    process.start()
-    sender.close()
-    outcomes: list[Outcome] = []
-    trying: Path | None = None
-    verdict = "it hangs"
-    try:
-        while receiver.poll(3 * SECONDS if outcomes else _START):
-            message = receiver.recv()
-            trying = message if isinstance(message, Path) else None
-            if isinstance(message, Outcome):
-                outcomes.append(message)
-    except EOFError:
-        process.join()
-        verdict = f"the process ended with {process.exitcode}"
-    finally:
-        process.kill()
-        process.join()
-        receiver.close()
-    if trying or process.exitcode:
-        if trying:
-            shutil.copy(trying, keep)
-        outcomes.append(Outcome(trying.name if trying else "between two files", verdict, 0, 0))
-    return outcomes
+        mutate = mutation.mutated_members if zipped else mutation.mutated
+        yield from write_in_turns(folder, {f"{seed}-{count}-{name}": mutate(seeds[name], seeds[other], rng)})
 
 
 def _fault(title: str, outcomes: Sequence[Outcome], wanted: Sequence[str], keep: Path) -> Fault:
@@ -257,6 +134,8 @@ def _tried(
     groups: Mapping[str, tuple[Files, Sequence[str]]],
     folder: Path,
     keep: Path,
+    *,
+    may_write: bool = False,
 ) -> list[Fault]:
     """Return a line for each group of files and the verdicts wanted of them, all tried by one process."""
     numbered = [
@@ -265,7 +144,8 @@ def _tried(
         for name, data in files.items()
     ]
     files = {name: data for _, name, data in numbered}
-    outcomes = {outcome.name: outcome for outcome in _outcomes(attempt, _written, (folder, files), keep)}
+    found = try_all(attempt, write_in_turns, (folder, files), keep, may_write=may_write)
+    outcomes = {outcome.name: outcome for outcome in found}
 
     def outcome_of(name: str) -> Outcome:
         return outcomes.get(name, Outcome(name, "not tried, as its process had died", 0, 0))
@@ -276,23 +156,23 @@ def _tried(
     ]
 
 
-def hostile_weights(keep: Path) -> list[Fault]:
+def weight_faults(keep: Path) -> list[Fault]:
     """Have the command convert weight files that attack or lie; a sound one is read before and after them."""
     with tempfile.TemporaryDirectory() as name:
         folder, outside = Path(name) / "folder", f"outside-{os.getpid()}"
         folder.mkdir()
-        networks = attacks.networks()
+        networks = hostile_weights.networks()
         sound = networks.pop("good")
         running = {
-            f"{title}{ending}": pack(attacks.pickled({"conv1.weight": operations}))
-            for title, operations in attacks.gadgets(folder / "canary").items()
-            for ending, pack in ((".pth", attacks.zipped), ("-legacy.pth", attacks.legacy))
+            f"{title}{ending}": pack(packing.pickled({"conv1.weight": operations}))
+            for title, operations in hostile_weights.gadgets(folder / "canary").items()
+            for ending, pack in ((".pth", packing.zipped), ("-legacy.pth", packing.legacy))
         }
         hostile = {
             "weight files that run code": running,
-            **attacks.bombs(),
-            "names that climb out": attacks.climbing(outside),
-            "safetensors headers that lie": attacks.lying_headers(),
+            **hostile_weights.bombs(),
+            "names that climb out": hostile_weights.climbing(outside),
+            "safetensors headers that lie": hostile_weights.lying_headers(),
             **networks,
         }
         groups = {
@@ -307,29 +187,31 @@ def hostile_weights(keep: Path) -> list[Fault]:
         return found
 
 
-def hostile_images(photos: Sequence[bytes], keep: Path, *, flips: int) -> list[Fault]:
+def image_faults(photos: Sequence[bytes], keep: Path, *, flips: int) -> list[Fault]:
     """Have the input pipeline read broken images; all but those with a few bytes changed must be reported."""
     groups = {
         "sound photographs": ({f"{i}.JPEG": photo for i, photo in enumerate(photos)}, ["read"]),
-        **{title: (files, ["refused"]) for title, files in attacks.broken_images(photos).items()},
-        "images of 89 million pixels": (attacks.largest_images(), ["read"]),
-        "images with bytes changed": (attacks.flipped(photos, flips), ["refused", "read"]),
+        **{title: (files, ["refused"]) for title, files in hostile_images.broken_images(photos).items()},
+        "images of 89 million pixels": (hostile_images.largest_images(), ["read"]),
+        "images with bytes changed": (hostile_images.flipped(photos, flips), ["refused", "read"]),
     }
     with tempfile.TemporaryDirectory() as folder:
-        return _tried(input_road, groups, Path(folder), keep)
+        # The road makes a folder of its own, and deletes it.
+        return _tried(input_road, groups, Path(folder), keep, may_write=True)
 
 
 def fuzz_images(photos: Sequence[bytes], seconds: float, seed: int, keep: Path) -> Fault:
     """Read mutants of photographs, and of one photograph in every other format, for so long."""
-    seeds = {f"{i}.JPEG": photo for i, photo in enumerate(photos)} | attacks.kinds(photos[0])
+    seeds = {f"{i}.JPEG": photo for i, photo in enumerate(photos)} | hostile_images.kinds(photos[0])
     return _fuzz("mutated images", pixels, seeds, seconds, seed, keep)
 
 
 def fuzz_weights(seconds: float, seed: int, keep: Path) -> Fault:
     """Read mutants of a network's weight file, and of one of a single tensor, in every form for so long."""
-    small = attacks.pickled({"module.a": attacks.tensor()})
-    seeds = {"small.zip.pth": attacks.zipped(small), "small.legacy.pth": attacks.legacy(small)}
-    return _fuzz("mutated weight files", weights, seeds | attacks.networks()["good"], seconds, seed, keep)
+    small = packing.pickled({"module.a": packing.tensor()})
+    seeds = {"small.zip.pth": packing.zipped(small), "small.legacy.pth": packing.legacy(small)}
+    seeds |= hostile_weights.networks()["good"]
+    return _fuzz("mutated weight files", weights, seeds, seconds, seed, keep)
 
 
 def _fuzz(
@@ -339,7 +221,7 @@ def _fuzz(
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:  # a process that dies is followed by another
         with tempfile.TemporaryDirectory() as folder:
-            outcomes += _outcomes(attempt, _mutants, (Path(folder), seeds, left, seed), keep)
+            outcomes += try_all(attempt, _mutants, (Path(folder), seeds, left, seed), keep)
         seed += 1
     return _fault(title, outcomes, ["refused", "read"], keep)
 
@@ -353,8 +235,8 @@ def faults(*, photos: Sequence[bytes], seconds: float, keep: Path) -> list[Fault
         keep: the folder for the files that did what no file may do.
     """
     return [
-        *hostile_weights(keep),
-        *hostile_images(photos[:3], keep, flips=200),
+        *weight_faults(keep),
+        *image_faults(photos[:3], keep, flips=200),
         fuzz_weights(seconds, 0, keep),
         fuzz_images(photos, seconds, 0, keep),
     ]

@@ -1,13 +1,15 @@
 """The training step in PyTorch, written from the formulas: an independent reference.
 
-Nothing here comes from this package or from the published code.
+Nothing here comes from `tat_jax` or from the published code.
 """
+
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from proofs.fidelity.torch_resnet import TorchResNet
+from proofs.torch_resnet import TorchResNet
 
 
 class TorchEmbedding(nn.Module):
@@ -38,11 +40,16 @@ class TorchStudent(nn.Module):
         return logits, self.query(taps["layer4"]), self.value(taps["layer4"])
 
 
+def attend(query, key, value):
+    """Return softmax(query · keyᵀ) value, of rows that are positions."""
+    return torch.softmax(query @ key.mT, dim=-1) @ value
+
+
 def tat_loss(query, key, value, target, heads):
     """Return mean (target − softmax(query · keyᵀ) value)², the softmax over the key's positions, per head."""
     batch, channels, height, width = value.shape
     q, k, v = (x.reshape(batch, heads, channels // heads, height * width).mT for x in (query, key, value))
-    out = torch.softmax(q @ k.mT, dim=-1) @ v
+    out = attend(q, k, v)
     return ((out.mT.reshape(target.shape) - target) ** 2).mean()
 
 
@@ -67,6 +74,20 @@ def losses(model, teacher, images, labels, *, alpha, beta, temperature, heads, t
     return kd + tat_weight * tat, kd, tat
 
 
+def terms_of(config) -> dict[str, Any]:
+    """Return the keyword arguments of `losses` that a config means."""
+    tat = config.tat.layer4
+    kd = {name: config.loss[name] for name in ("alpha", "beta", "temperature")}
+    return {**kd, "heads": tat.heads, "tat_weight": tat.weight}
+
+
+def take_step(optimizer, loss):
+    """Take the step that lowers a loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
 def train(model, teacher, batches, *, learning_rate, weight_decay, milestones=(), gamma=0.1, **terms):
     """Take an AdamW step on each batch of images and labels; yield its loss, KD loss and TaT loss.
 
@@ -78,8 +99,6 @@ def train(model, teacher, batches, *, learning_rate, weight_decay, milestones=()
     teacher.eval()
     for images, labels in batches:
         values = losses(model, teacher, images, labels, **terms)
-        optimizer.zero_grad()
-        values[0].backward()
-        optimizer.step()
+        take_step(optimizer, values[0])
         schedule.step()
         yield tuple(value.item() for value in values)

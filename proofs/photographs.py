@@ -1,5 +1,6 @@
-"""The photographs that the comparisons look at: JPEG files of a folder, or pieces of scikit-learn's two."""
+"""The photographs that the proofs look at: JPEG files of a folder, or pieces of scikit-learn's two."""
 
+import argparse
 import io
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,24 @@ def photographs(folder: Path | None, count: int = 200) -> list[Photograph]:
     if not paths:
         raise FileNotFoundError(f"no .jpg or .jpeg file under {folder}")
     return [Photograph(str(path), path.read_bytes()) for path in paths[:count]]
+
+
+def add_photos(parser: argparse.ArgumentParser) -> None:
+    """Add `--photos FOLDER`, whose value are the photographs."""
+    parser.add_argument(
+        "--photos",
+        type=_of_option,
+        default="",
+        metavar="FOLDER",
+        help="JPEG files at any depth; else pieces of scikit-learn's two photographs",
+    )
+
+
+def _of_option(folder: str) -> list[Photograph]:
+    try:
+        return photographs(Path(folder) if folder else None)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _pieces(count: int) -> list[Photograph]:

@@ -1,0 +1,53 @@
+"""The command lines of the proofs: options, tables on stdout, and where else they go."""
+
+import argparse
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from proofs.report import Line, announce, circumstances, table, write_between
+
+Part = Callable[[Namespace], Sequence[Line]]
+
+
+def make_parser(description: str | None, *, prog: str | None = None) -> ArgumentParser:
+    """Return a parser whose help is a module's docstring."""
+    return ArgumentParser(prog, None, description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def run_parts(parser: ArgumentParser, parts: Mapping[str, Part], document: Path) -> None:
+    """Measure the parts that the command line names, else all, and write the table of each into a document.
+
+    Exit with 1 if a line does not hold.
+    """
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(parts)}; else all")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(parts):
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    broken: list[Line] = []
+    for name in options.parts or parts:
+        announce(name)
+        found = parts[name](options)
+        print(f"\n{table(found)}\n", flush=True)
+        write_between(document, name, f"{table(found)}\n\n{circumstances()}")
+        broken += [line for line in found if not line.holds]
+        jax.clear_caches()
+    if broken:
+        sys.exit(f"{len(broken)} do not hold:\n{table(broken)}")
+
+
+def add_json(parser: ArgumentParser) -> None:
+    """Add `--json FILE`, for `publish`."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file, too")
+
+
+def publish(tables: Sequence[str], figures: Any, to: Path | None) -> None:
+    """Print tables, and write the figures that they are made of as JSON."""
+    print("", *tables, circumstances(), sep="\n\n")
+    if to:
+        to.write_text(json.dumps(figures, indent=1) + "\n")

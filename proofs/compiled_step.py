@@ -1,0 +1,88 @@
+"""This package's training step as a compiled program: what it takes and what its devices send."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from tat_jax import distill, sharding
+from tat_jax.data.pipeline import Batch
+from tat_jax.distill import TrainState
+from tat_jax.task import prepare
+from tat_jax.train import jit_train_step
+
+_COLLECTIVE = re.compile(
+    r"= (.+?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)"
+    r"(?:-start)?\("
+)
+_SHAPE = re.compile(r"\w+\[([\d,]*)\]")
+
+Arrays = Counter[tuple[int, ...]]  # how many there are of each shape
+
+
+class CompiledStep(NamedTuple):
+    """A program with what it is called with: `program(state, *others)`."""
+
+    program: Any
+    state: TrainState
+    others: tuple[Any, distill.Batch]
+
+    def repeated(self) -> Callable[[], None]:
+        """Return a function that takes the next step on the same batch, and waits for it."""
+        state = self.state
+
+        def call() -> None:
+            nonlocal state
+            state, metrics = self.program(state, *self.others)
+            jax.block_until_ready(metrics)
+
+        return call
+
+    def sent(self) -> tuple[int, Arrays]:
+        """Return how many collective operations it has, and the arrays that they carry."""
+        operations, arrays = 0, Counter[tuple[int, ...]]()
+        for line in self.program.as_text().splitlines():
+            if match := _COLLECTIVE.search(line):
+                operations += 1
+                arrays.update(key(map(int, filter(None, s.split(",")))) for s in _SHAPE.findall(match[1]))
+        return operations, arrays
+
+    def bytes_sent(self) -> tuple[int, int]:
+        """Return how many collective operations it has, and the bytes of the float32 arrays they carry."""
+        operations, arrays = self.sent()
+        return operations, float32_bytes(arrays)
+
+
+def compile_step(config: ConfigDict, rows: Batch, *, devices: int = 1, num_classes: int = 10) -> CompiledStep:
+    """Compile the step of a config, on a batch of such rows, for the first so many devices."""
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    prepared = prepare(config, mesh, num_classes=num_classes, steps_per_epoch=1)
+    (batch,) = sharding.put_batches([rows], mesh)
+    others = prepared.teacher, distill.Batch(**batch)
+    program = jit_train_step(prepared.task, mesh).lower(prepared.state, *others).compile()
+    return CompiledStep(program, prepared.state, others)
+
+
+def blank_rows(config: ConfigDict) -> Batch:
+    """Return a batch of black images."""
+    size = config.data.image_size
+    return Batch(
+        image=np.zeros((config.batch_size, size, size, 3), np.uint8),
+        label=np.zeros(config.batch_size, np.int32),
+        where=np.ones(config.batch_size, bool),
+    )
+
+
+def key(shape: Iterable[int]) -> tuple[int, ...]:
+    """Return a shape without its ones, in an order of its own: the compiler transposes and reshapes."""
+    return tuple(sorted(size for size in shape if size > 1))
+
+
+def float32_bytes(arrays: Arrays) -> int:
+    """Return the bytes of arrays in float32."""
+    return sum(4 * math.prod(shape) * count for shape, count in arrays.items())
