@@ -13,14 +13,16 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from configs import base, digits
-from tat_jax import check, checkpoint, train
-from tat_jax.checkpoint import Network
+from tat_jax import check, networks, quantities, train
+from tat_jax.configs import base
 from tat_jax.data.pipeline import Pipeline
+from tat_jax.data.sample import Sample
 from tat_jax.data.sources import Digits
-from tat_jax.distill import normalize
 from tat_jax.metrics import read_rows
-from tat_jax.resnet import ResNet
+from tat_jax.networks.view import normalize
+from tat_jax.schedules import linear
+from tat_jax.tasks.classification import Classification
+from tat_jax.weights import store
 from tests.tiny import Tiny
 
 MAIN = Path(__file__).parents[1] / "main.py"
@@ -44,8 +46,9 @@ def config_of(**changes):
     """Return a training of every term on digits."""
     config = base.base()
     config.update({"epochs": 1, "batch_size": 16, "log_every": 1})
-    config.loss.update({"alpha": 0.5, "beta": 0.5, "temperature": 2.0})
-    config.tat = {"layer2": {**base.tat(), "weight": 0.25, "heads": 2}}
+    config.losses.cross_entropy.weight = 0.5
+    config.losses.kd.update({"weight": 0.5, "temperature": 2.0})
+    config.losses.tat = {"layer2": base.loss("tat", weight=0.25, heads=2)}
     config.data.update(
         {"source": "digits", "labels_per_class": 2, "image_size": 16, "eval_resize": 16, "threads": 1}
     )
@@ -59,9 +62,9 @@ def find(tmp_path, monkeypatch, capsys):
     """Return a function that checks a training, and returns whether it holds and the finding of each item."""
     monkeypatch.chdir(tmp_path)
 
-    def find(config, **networks):
+    def find(config, **own):
         before = sorted(tmp_path.rglob("*"))
-        hold = check.run(config, tmp_path / "run", **({"student": tiny(4), "teacher": tiny(8)} | networks))
+        hold = check.run(config, tmp_path / "run", **({"student": tiny(4), "teacher": tiny(8)} | own))
         assert sorted(tmp_path.rglob("*")) == before
         return hold, findings(capsys.readouterr().out)
 
@@ -86,14 +89,18 @@ def left_out(found):
     return [name for name, finding in found.items() if finding.startswith("left out: needs")]
 
 
-def save_resnet(folder, *, classes, change=lambda weights: weights):
+def narrow(weights):
+    """Return the fields of a ResNet-18 of width 2."""
+    return base.network("resnet18", str(weights), small_images=True, width=2)
+
+
+def save_resnet(folder, *, classes, head="trained", change=lambda weights: weights):
     """Save a ResNet-18 of width 2, and return the fields that name it."""
-    network = base.network("resnet18", str(folder), small_images=True, width=2)
     arguments = {"architecture": "resnet18", "num_classes": classes, "small_images": True, "width": 2}
-    weights = checkpoint.network_weights(ResNet(**arguments, rngs=nnx.Rngs(0)))
-    origin = {"head": "trained", "source": "a test"}
-    checkpoint.save_network(folder, Network(change(weights), arguments, origin))
-    return network
+    weights = store.network_weights(networks.construct(arguments, rngs=nnx.Rngs(0)))
+    origin = {"head": head, "source": "a test"}
+    store.save_network(folder, store.StoredNetwork(change(weights), arguments, origin))
+    return narrow(folder)
 
 
 def test_all_that_a_training_needs_is_found_and_its_first_step_is_the_training_s(find, tmp_path):
@@ -105,7 +112,9 @@ def test_all_that_a_training_needs_is_found_and_its_first_step_is_the_training_s
     assert found["training data"] == "20 images, 10 classes, 2 steps an epoch"
     assert found["training sample"].startswith("20 images over the whole split, ")
     assert found["validation sample"].startswith("64 images over the whole split, ")
-    assert found["taps"] == "layer2: student 4×4×8 → teacher 4×4×16, 16 positions, 2 heads"
+    taps = "tat_layer2: student layer2 4×4×8 → teacher layer2 4×4×16, 16 positions, "
+    assert found["taps"].startswith(taps)
+    assert "heads=2" in found["taps"]
     assert found["teacher"] == "Tiny from Tiny, head trained, 1,586 parameters, all finite"
     assert re.search(r"2 steps in about \d+ s, without evaluations", found["time"])
 
@@ -117,13 +126,13 @@ def test_all_that_a_training_needs_is_found_and_its_first_step_is_the_training_s
         *(
             f"{weight:g}·{name} = {weight:g} · {row[f'train/{name}']:.4g}, "
             f"{weight * row[f'train/{name}'] / loss:.1%} of the loss"
-            for name, weight in {"cross_entropy": 0.5, "kl": 2.0, "tat_layer2": 0.25}.items()
+            for name, weight in {"cross_entropy": 0.5, "kd": 0.5, "tat_layer2": 0.25}.items()
         ),
     ]
 
 
 def test_a_training_without_a_teacher_holds_without_one(find):
-    hold, found = find(config_of(loss={"alpha": 1.0, "beta": 0.0}, tat={"layer2": base.tat()}))
+    hold, found = find(config_of(losses={"kd": {"weight": 0.0}, "tat": {"layer2": {"weight": 0.0}}}))
     assert hold
     assert found["teacher"].startswith("none")
     assert found["teacher's top-1"] == "left out: there is no teacher"
@@ -177,7 +186,7 @@ def test_an_unreadable_image_is_named_by_its_path(find, folder):
     lines = found["validation sample"].splitlines()
     assert [line.split(":")[0] for line in lines[1:]] == [f"{config.data.root}/val/{i}/0.jpg" for i in (7, 8)]
     assert found["teacher's top-1"] == "left out: needs validation sample"
-    assert found["taps"].startswith("layer2: student")
+    assert found["taps"].startswith("tat_layer2: student")
 
 
 def test_an_unreadable_image_that_is_skipped_is_named_and_no_failure(find, folder):
@@ -192,11 +201,10 @@ def test_an_unreadable_image_that_is_skipped_is_named_and_no_failure(find, folde
 
 
 def test_taps_that_do_not_fit_are_named(find, tmp_path):
-    config = config_of(student=base.network("resnet18", "random", small_images=True, width=2))
-    hold, found = find(config, student=None)
+    hold, found = find(config_of(student=narrow("random")), student=None)
     assert not hold
     assert failed(found) == ["task"]
-    assert "tat.layer2: the taps differ in height and width" in found["task"]
+    assert "tat_layer2: the taps differ in height and width" in found["task"]
     assert left_out(found) == ["taps", "memory", "loss at step 0", "time"]
     assert "images/s with data.threads=1" in found["reading"]
 
@@ -207,7 +215,31 @@ def test_a_teacher_of_other_classes_is_named(find, tmp_path):
     assert not hold
     assert found["teacher's top-1"] == "left out: it knows 5 classes, the data 10"
     assert failed(found) == ["task"]
-    assert "teacher knows 5 classes, the data 10; the KL term compares" in found["task"]
+    assert "knows 5 classes, the data 10; kd compares its logits" in found["task"]
+
+
+def test_a_teacher_whose_head_nobody_trained_is_not_measured(find, tmp_path):
+    _, found = find(config_of(teacher=narrow("random")), teacher=None)
+    assert "head random" in found["teacher"]
+    assert found["teacher's top-1"] == "left out: its weights are random"
+    config = config_of(teacher=save_resnet(tmp_path / "teacher", classes=10, head="fresh"))
+    _, found = find(config, teacher=None)
+    assert found["teacher's top-1"] == "left out: its head is not trained"
+    assert "has no trained head, and kd compares its logits" in found["task"]
+
+
+class Mute(Tiny):
+    """A teacher that has taps and no logits."""
+
+    def __call__(self, images, *, train=False, where=None):
+        super().__call__(images, train=train, where=where)
+
+
+def test_a_teacher_without_logits_may_be_compared_at_its_taps(find):
+    teacher = Mute(8, classes=10, rngs=nnx.Rngs(1))
+    hold, found = find(config_of(losses={"kd": {"weight": 0.0}}), teacher=teacher)
+    assert hold
+    assert found["teacher's top-1"] == "left out: it gives no logits"
 
 
 @pytest.mark.parametrize("network", ["student", "teacher"])
@@ -228,11 +260,13 @@ class Knowing(nnx.Module):
     """A teacher that knows the digits of the sample, each one's class or the one so many after it."""
 
     def __init__(self, after):
-        sample = check._Sample(Digits("val"))
-        data = Pipeline(sample, config_of().data, batch_size=len(sample), train=False, seed=0, threads=0)
+        sample, config = Sample(Digits("val")), config_of()
+        data = Pipeline(
+            sample, Classification(), config.data, batch_size=len(sample), train=False, seed=0, threads=0
+        )
         (batch,) = data.epoch(0)
-        self.images = nnx.Variable(jnp.asarray(normalize(batch["image"])))
-        self.labels = nnx.Variable(jnp.asarray(batch["label"] + after) % 10)
+        self.images = nnx.Variable(jnp.asarray(normalize(batch.image)))
+        self.labels = nnx.Variable(jnp.asarray(batch.label + after) % 10)
 
     def __call__(self, images, *, train=False, where=None):
         distances = jnp.abs(images[:, None] - self.images.get_value()[None]).sum((2, 3, 4))
@@ -264,7 +298,7 @@ class Lost(Tiny):
 
 @pytest.mark.parametrize(
     ("student", "terms"),
-    [(Steep, "gradient_norm"), (Lost, "cross_entropy, gradient_norm, kl, loss")],
+    [(Steep, "gradient_norm"), (Lost, "cross_entropy, gradient_norm, kd, loss")],
 )
 def test_a_first_step_that_is_no_number_is_named_by_its_terms(find, student, terms):
     hold, found = find(config_of(), student=student(4, classes=10, rngs=nnx.Rngs(0)))
@@ -281,7 +315,7 @@ def test_a_batch_that_the_devices_cannot_share_is_named(find):
     assert failed(found) == ["devices"]
     assert "batch_size=12 is not a multiple of the 8 devices" in found["devices"]
     assert left_out(found) == ["reading", "memory", "loss at step 0", "time"]
-    assert found["task"].startswith("0.5·cross_entropy + 2·kl + 0.25·tat_layer2; adamw trains ")
+    assert found["task"].startswith("0.5·cross_entropy + 0.5·kd + 0.25·tat_layer2; adamw trains ")
 
 
 def test_a_wrong_field_is_named(find):
@@ -295,9 +329,47 @@ def test_a_wrong_field_is_named(find):
     assert "images/s with data.threads=1" in found["reading"]
 
 
+def test_a_loss_that_is_none_is_named(find):
+    weightless = {name: {"weight": 0.0} for name in ("cross_entropy", "kd")} | {
+        "tat": {"layer2": {"weight": 0.0}}
+    }
+    _, found = find(config_of(losses=weightless))
+    assert failed(found) == ["config", "teacher"]
+    assert "every loss has weight 0" in found["config"]
+    _, found = find(config_of(), losses={"kd": (1.0, len)})
+    assert "a loss of your own cannot be called 'kd'" in found["config"]
+
+
+def test_a_task_that_there_is_not_is_named(find):
+    hold, found = find(config_of(task="juggling"))
+    assert not hold
+    assert failed(found) == ["config", "training data", "validation data"]
+    assert "task='juggling': allowed is 'classification'" in found["config"]
+
+
+def mine(student, teacher, batch):
+    """Compare the logits by a loss of one's own."""
+    return jnp.abs(student.logits - teacher.logits).mean(1)
+
+
+def test_a_loss_of_one_s_own_is_shown_with_the_others_and_a_schedule_by_its_weight_at_step_0(find):
+    hold, found = find(config_of(), losses={"mine": (linear(0.0, 0.5, end=1), mine)})
+    assert hold
+    assert " + (0…0.5)·mine; adamw trains " in found["task"]
+    assert re.search(r"^0·mine = 0 · [0-9.]+, 0\.0% of the loss$", found["loss at step 0"], re.MULTILINE)
+
+
+def test_a_loss_that_begins_with_nothing_holds(find):
+    config = config_of()
+    config.losses = {"cross_entropy": base.loss("cross_entropy", weight=linear(0.0, 1.0, end=1))}
+    hold, found = find(config)
+    assert hold
+    assert found["loss at step 0"].startswith("0, gradient norm 0\n0·cross_entropy = 0 · ")
+
+
 def test_less_memory_than_the_step_needs_is_named(find, monkeypatch):
     device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000})
-    monkeypatch.setattr(check.jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     hold, found = find(config_of())
     assert not hold
     assert failed(found) == ["memory"]
@@ -326,25 +398,26 @@ def test_reading_that_is_slower_than_the_steps_sets_the_pace(find, monkeypatch):
     [(0.2, "0 s"), (99, "99 s"), (150, "2 min"), (5_900, "98 min"), (7_300, "2 h"), (200_000, "2 days 8 h")],
 )
 def test_a_duration_is_readable(seconds, words):
-    assert check._duration(seconds) == words
+    assert quantities.duration(seconds) == words
 
 
-def test_every_training_of_a_study_is_checked_under_a_random_teacher(monkeypatch, capsys):
-    checked = []
-
-    def note(config, folder, student, teacher):
-        checked.append(config)
-        return len(checked) != 2
-
-    monkeypatch.setattr(check, "_check", note)
-    config = digits.get_config()
-    config.teacher.weights = "weights/resnet34"
-    assert not check.run(config, "run")
-    headings = capsys.readouterr().out.splitlines()
-    assert headings == [f"study, {name}:" for name in ("teacher", "cross-entropy", "kd", "tat")]
-    assert [config.data.labels_per_class for config in checked] == [100, 5, 5, 5]
-    assert [config.tat.layer4.weight for config in checked] == [0, 0, 0, 1]
-    assert all(config.teacher.weights == "random" and "study" not in config for config in checked)
+def test_every_training_of_a_study_is_checked_under_a_random_teacher(capsys):
+    config = config_of(teacher=narrow("weights/not_yet_trained"))
+    config.losses = {"cross_entropy": base.loss("cross_entropy", weight=1.0), "kd": base.loss("kd")}
+    config.study = {
+        "seeds": (0,),
+        "teacher": {"batch_size": 12},  # no multiple of the devices
+        "students": {"alone": {}, "kd": {"losses": {"kd": {"weight": 0.5}}}},
+    }
+    assert not check.run(config, "run", student=tiny(4))
+    _, *parts = re.split(r"study, (.*):\n", capsys.readouterr().out)
+    trainings = dict(zip(parts[::2], map(findings, parts[1::2]), strict=True))
+    assert list(trainings) == ["teacher", "alone", "kd"]
+    assert [failed(found) for found in trainings.values()] == [["devices"], [], []]
+    assert all("folder" not in found for found in trainings.values())
+    assert trainings["alone"]["task"].startswith("1·cross_entropy; ")
+    assert trainings["kd"]["task"].startswith("1·cross_entropy + 0.5·kd; ")
+    assert trainings["kd"]["teacher"].startswith("resnet18 from random weights")
 
 
 def test_a_folder_says_what_would_continue_and_one_of_another_run_fails(tmp_path, capsys):

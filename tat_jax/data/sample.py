@@ -1,0 +1,76 @@
+"""What the images of a split are, seen before a training from some of them."""
+
+import time
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from tat_jax.data.pipeline import Pipeline, open_pipeline
+from tat_jax.data.sources import Example, Source
+from tat_jax.tasks import TASKS
+
+_IMAGES = 64
+
+
+class Sample:
+    """Images of a source, evenly spaced over it, as a source of their own.
+
+    Args:
+        source: any one.
+    """
+
+    def __init__(self, source: Source):
+        self.num_classes = source.num_classes
+        self._source = source
+        self._indices = np.unique(np.linspace(0, len(source) - 1, _IMAGES).astype(int)).tolist()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._source[self._indices[index]]
+
+
+def open_data(config: ConfigDict, split: str) -> tuple[str, Pipeline]:
+    """Open the split `train` or `val` of a config's data, and say how much it is.
+
+    Raises:
+        FileNotFoundError: the images are not there.
+        ValueError: the config does not fit them or itself.
+    """
+    data = open_pipeline(config, split)
+    steps = f", {data.steps_per_epoch:,} steps an epoch" if split == "train" else ""
+    return f"{len(data.source):,} images, {data.source.num_classes:,} classes{steps}", data
+
+
+def read_sample(config: ConfigDict, data: Pipeline, split: str) -> tuple[str, Sample]:
+    """Read images of a split one by one, and say how fast.
+
+    Raises:
+        ValueError: some cannot be read; each one is named.
+    """
+    sample = Sample(data.source)
+    reader = Pipeline(
+        sample,
+        TASKS[config.task](),
+        config.data,
+        batch_size=1,
+        train=split == "train",
+        seed=config.seed,
+        threads=0,
+    )
+    wrong = []
+    since = time.monotonic()
+    for i in range(len(sample)):
+        try:
+            next(reader.epoch(0, start_step=i))
+        except (ValueError, OSError) as error:
+            wrong.append(str(error))
+    rate = len(sample) / (time.monotonic() - since)
+    if wrong:
+        way_out = "replace them; --config.data.skip_broken=True goes on without files that are no images"
+        raise ValueError(
+            "\n".join([f"{len(wrong)} of {len(sample)} images cannot be read; {way_out}", *wrong])
+        )
+    skipped = "".join(f"\nskipped, for it is no image: {name}" for name in reader.skipped.values())
+    return f"{len(sample)} images over the whole split, {rate:,.0f} images/s in one thread{skipped}", sample

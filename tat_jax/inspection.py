@@ -1,0 +1,211 @@
+"""What a training is made of, looked at before it starts: config, folder, devices, networks, losses.
+
+Each function returns what it finds in words, and what it built.
+"""
+
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from tat_jax import checkpoints, experiment, quantities, run_folder, sharding
+from tat_jax.build import Built, all_terms, build, build_student, build_teacher, shapes_of
+from tat_jax.data.pipeline import Pipeline
+from tat_jax.data.sample import Sample
+from tat_jax.evaluate import evaluate
+from tat_jax.losses import Own
+from tat_jax.networks import Network
+from tat_jax.networks.view import View, watch
+from tat_jax.tasks import TASKS
+
+# Whoever has no data does not know how many classes a head has.
+_UNKNOWN_HEAD = "not known without the data, of one class here"
+_TAPS = ("student_tap", "teacher_tap")
+
+
+def check_config(config: ConfigDict, losses: Own | None) -> tuple[str, ConfigDict]:
+    """Check every field of a config, and the losses of one's own beside them.
+
+    Raises:
+        ValueError: some are not allowed.
+    """
+    experiment.check(config)
+    all_terms(config, losses)
+    return "every field is known and allowed", config
+
+
+def describe_folder(config: ConfigDict, folder: Path) -> tuple[str, None]:
+    """Say what a training in the folder would continue, and what its config changes.
+
+    Raises:
+        ValueError: the folder is another training's.
+        OSError: it cannot be written.
+    """
+    differences = [f"changed: {line}" for line in run_folder.changes(config, folder, experiment.FIELDS)]
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise OSError(f"cannot write in {existing}; choose another --workdir")
+    saved = checkpoints.steps(folder)
+    state = f"continues from step {saved[-1]}" if saved else "starts"
+    free = quantities.size(shutil.disk_usage(existing).free)
+    return "\n".join([f"{folder}: {state}; {free} free", *differences]), None
+
+
+def describe_devices(config: ConfigDict, mesh: Mesh) -> tuple[str, Mesh]:
+    """Say which devices share a batch.
+
+    Raises:
+        ValueError: they cannot share it evenly.
+    """
+    sharding.check_batch_size(config.batch_size, mesh)
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    kind = mesh.devices.flat[0].device_kind
+    return f"{mesh.size} × {kind}{processes}, {config.batch_size // mesh.size} images a step on each", mesh
+
+
+def inspect_student(
+    config: ConfigDict, num_classes: int | None, own: nnx.Module | View | None
+) -> tuple[str, Network]:
+    """Build the student, and say what it is.
+
+    Raises:
+        FileNotFoundError: its weights are missing.
+        ValueError: they are another network's, or not finite.
+    """
+    network = build_student(config, num_classes or 1, own)
+    return describe_network(network, head=network.origin["head"] if num_classes else _UNKNOWN_HEAD), network
+
+
+def inspect_teacher(
+    config: ConfigDict, num_classes: int | None, own: nnx.Module | View | None, losses: Own | None
+) -> tuple[str, Network | None]:
+    """Build the teacher likewise, where a term of the loss reads it."""
+    network = build_teacher(config, num_classes or 1, own, all_terms(config, losses))
+    if network is None:
+        return "none, for no term of the loss needs one", None
+    return describe_network(network, head=network.origin["head"]), network
+
+
+def describe_network(network: Network, *, head: str) -> str:
+    """Say what a network is.
+
+    Raises:
+        ValueError: some of its weights are not finite.
+    """
+    source = network.origin["source"]
+    weights = network_weights(network.view.network)
+    wrong = [name for name, value in weights.items() if not np.isfinite(np.asarray(value, np.float32)).all()]
+    if wrong:
+        raise ValueError(
+            f"{source} holds weights that are not finite; convert or train it anew: {', '.join(wrong)}"
+        )
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network.view, nnx.Param)))
+    return f"{network.name} from {source}, head {head}, {parameters:,} parameters, all finite"
+
+
+def title_of_measure(config: ConfigDict) -> str:
+    """Return what the best measure of a config's task is called; its task may be one that there is not."""
+    task = TASKS.get(config.get("task"))
+    return task.titles[task().best] if task else "measure"
+
+
+def measure_teacher(
+    config: ConfigDict, teacher: Network | None, sample: Sample, mesh: Mesh
+) -> tuple[str, None]:
+    """Evaluate the teacher on the images of a sample, as `evaluate` does a run."""
+    if teacher is None:
+        return "left out: there is no teacher", None
+    classes = teacher.arguments.get("num_classes", sample.num_classes)
+    if teacher.origin["head"] == "fresh":
+        return "left out: its head is not trained", None
+    if teacher.origin["head"] == "random":
+        return "left out: its weights are random", None
+    if classes != sample.num_classes:
+        return f"left out: it knows {classes:,} classes, the data {sample.num_classes:,}", None
+    if watch(teacher.view, (), config.data.image_size).logits is None:
+        return "left out: it gives no logits", None
+    task = TASKS[config.task]()
+    data = Pipeline(
+        sample,
+        task,
+        config.data,
+        batch_size=sharding.round_up(min(config.batch_size, len(sample)), mesh),
+        train=False,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=config.data.threads,
+    )
+    graph, state = nnx.split(teacher.view)
+    state = jax.device_put(state, sharding.replicated(mesh))
+    evaluation = evaluate(graph, state, task, data, mesh, show=False)
+    # A teacher of few classes is right by chance often: a fifth of the way from there to always.
+    chance = task.chance(classes)
+    poor = evaluation.measures[task.best] < chance + (1 - chance) / 5
+    note = (
+        f"\nNOTE: a trained teacher has far more, chance is {chance:.2%}: are the classes of the data in the "
+        "order of those it was trained on?"
+    )
+    return f"{evaluation}{note if poor else ''}", None
+
+
+def build_training(
+    config: ConfigDict,
+    data: Pipeline,
+    student: Network,
+    teacher: Network | None,
+    losses: Own | None,
+    mesh: Mesh,
+) -> tuple[str, Built]:
+    """Build what is trained, and say by which losses.
+
+    Raises:
+        ValueError: parts do not fit; both are named.
+    """
+    built = build(
+        config,
+        mesh,
+        num_classes=data.source.num_classes,
+        steps_per_epoch=data.steps_per_epoch,
+        student=student,
+        teacher=teacher,
+        losses=losses,
+    )
+    terms = " + ".join(map(str, built.terms))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(built.state.params))
+    return f"{terms}; {config.optimizer.name} trains {parameters:,} parameters", built
+
+
+def describe_taps(
+    config: ConfigDict, built: Built, student: Network, teacher: Network | None
+) -> tuple[str, None]:
+    """Say what is compared where, and how; of how, not the switches that are off."""
+    terms = [term for term in built.terms if set(_TAPS) <= set(term.options)]
+    if teacher is None or not terms:
+        return "none: no term of the loss compares them", None
+    shapes = shapes_of(config, terms, student, teacher)
+    lines = []
+    for term in terms:
+        names = [term.options[tap] for tap in _TAPS]
+        ours, theirs = (of.taps[name].shape[1:] for of, name in zip(shapes, names, strict=True))
+        how = "".join(f", {name}={value}" for name, value in _options(term.options) if value is not False)
+        lines.append(
+            f"{term.name}: student {names[0]} {_by(ours)} → teacher {names[1]} {_by(theirs)}, "
+            f"{math.prod(ours[:-1]):,} positions{how}"
+        )
+    return "\n".join(lines), None
+
+
+def _options(options: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in options.items() if name not in _TAPS]
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
