@@ -1,46 +1,49 @@
 """Exact evaluation: every image of the split once, whatever the batch size and the number of devices."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from tat_jax import checkpoint, fields, networks, sharding
+from tat_jax import checkpoints, experiment, networks, sharding
+from tat_jax.batch import Batch
 from tat_jax.data.pipeline import Pipeline, open_pipeline
-from tat_jax.distill import Batch, eval_step
 from tat_jax.metrics import progress
+from tat_jax.tasks import TASKS
+from tat_jax.tasks.task import Task
 
-# One function for all evaluations of a process, so that each network is compiled once.
-_eval_step = jax.jit(eval_step, static_argnums=0)
 
+class Evaluation(NamedTuple):
+    """What a task measured on so many `images`; `skipped` ones could not be read."""
 
-class Accuracy(NamedTuple):
-    """Top-1 and top-5 accuracy as fractions of so many `images`; `skipped` ones could not be read."""
-
-    top1: float
-    top5: float
+    task: Task
+    measures: dict[str, float]
     images: int
     skipped: int
 
     def __str__(self) -> str:
         skipped = f" ({self.skipped} unreadable skipped)" if self.skipped else ""
-        return f"top-1 {self.top1:.2%}  top-5 {self.top5:.2%}  on {self.images:,} images{skipped}"
+        return f"{self.task.describe(self.measures)}  on {self.images:,} images{skipped}"
 
 
 class Stopped(Exception):
     """An evaluation was asked to stop by a signal of this number."""
 
 
-def run(config: ConfigDict, folder: str | Path, which: str) -> Accuracy:
+def run(config: ConfigDict, folder: str | Path, which: str) -> Evaluation:
     """Evaluate a network on the validation images of `config`.
 
     Args:
-        config: names the data, the batch size and the compute type.
+        config: names the task, the data, the batch size and the compute type.
         folder: a run.
         which: "best" or "last" of its checkpoints, or a folder of weights or another run instead.
 
@@ -48,30 +51,32 @@ def run(config: ConfigDict, folder: str | Path, which: str) -> Accuracy:
         FileNotFoundError: the network or the data are not there.
         ValueError: the config is no training's.
     """
-    fields.check(config)
-    choose = {"best": checkpoint.best, "last": checkpoint.last}.get(which)
+    experiment.check(config)
+    choose = {"best": checkpoints.best, "last": checkpoints.last}.get(which)
     network = networks.restore(choose(Path(folder)) if choose else which, dtype=config.dtype)
     mesh = sharding.make_mesh()
     pipeline = open_pipeline(config, "val", batch_size=sharding.round_up(config.batch_size, mesh))
-    graph, weights = nnx.split(network.model)
-    weights = jax.device_put(weights, sharding.replicated(mesh))
-    return evaluate(graph, weights, pipeline, mesh, show=jax.process_index() == 0)
+    graph, state = nnx.split(network.view)
+    state = jax.device_put(state, sharding.replicated(mesh))
+    return evaluate(graph, state, TASKS[config.task](), pipeline, mesh, show=jax.process_index() == 0)
 
 
 def evaluate(
     graph: nnx.GraphDef,
-    network: nnx.State,
+    state: nnx.State,
+    task: Task,
     pipeline: Pipeline,
     mesh: Mesh,
     *,
     show: bool = True,
     stop_signal: Callable[[], int] = lambda: 0,
-) -> Accuracy:
-    """Count right predictions over the whole split.
+) -> Evaluation:
+    """Count over the whole split what the task measures.
 
     Args:
-        graph: the network's structure.
-        network: its arrays, whole on every device.
+        graph: the structure of a network's `View`.
+        state: its arrays, whole on every device.
+        task: that of the pipeline.
         pipeline: the split, without augmentation.
         mesh: the devices.
         show: draw a progress bar.
@@ -79,35 +84,56 @@ def evaluate(
 
     Raises:
         Stopped: `stop_signal` said so.
+        ValueError: no image could be read.
         RuntimeError: the images counted are not those of the split.
     """
-    totals = {"count": 0, "top1": 0, "top5": 0}
+    count = jit_eval_step(mesh)
+    totals: dict[str, np.ndarray] = {}
     pending = None
     with progress(len(pipeline.source), description="evaluate", leave=False, show=show) as bar:
         for batch in sharding.put_batches(pipeline.epoch(0), mesh):
             if number := stop_signal():
                 raise Stopped(number)
-            counts = _eval_step(graph, network, Batch(**batch))
-            if pending is not None:
-                bar.update(_add(totals, pending))
+            counts = count(graph, task, state, batch)
+            bar.update(_add(totals, pending))
             pending = counts
         bar.update(_add(totals, pending))
     skipped = len(pipeline.skipped)
     if jax.process_count() > 1:
         skipped = int(multihost_utils.process_allgather(skipped).sum())
-    if totals["count"] + skipped != len(pipeline.source):
-        raise RuntimeError(
-            f"evaluated {totals['count']} and skipped {skipped} of {len(pipeline.source)} images"
-        )
-    images = totals["count"]
+    images = int(totals.get("count", 0))
+    if images + skipped != len(pipeline.source):
+        raise RuntimeError(f"evaluated {images} and skipped {skipped} of {len(pipeline.source)} images")
     if images == 0:
         raise ValueError("no image of the split could be read")
-    return Accuracy(totals["top1"] / images, totals["top5"] / images, images, skipped)
+    return Evaluation(task, task.measures(totals), images, skipped)
 
 
-def _add(totals: dict[str, int], counts: dict[str, jax.Array] | None) -> int:
-    """Add the counts of a batch to the totals and return how many images it had."""
+def eval_step(graph: nnx.GraphDef, task: Task, state: nnx.State, batch: Batch) -> dict[str, Array]:
+    """Return what a task counts of a batch.
+
+    Raises:
+        ValueError: in numbers that round.
+    """
+    counts = task.count(nnx.merge(graph, state)(batch.image), batch)
+    for name, value in counts.items():
+        if not jnp.issubdtype(value.dtype, jnp.integer):
+            raise ValueError(
+                f"{type(task).__name__} counts `{name}` in {value.dtype}, which does not add up exactly"
+            )
+    return counts
+
+
+@functools.cache
+def jit_eval_step(mesh: Mesh) -> jax.stages.Wrapped:
+    """Return the step for a mesh, the same at every call, so that a process compiles each network once."""
+    # Counts that are arrays lie whole on every device as well, so that each process can read them.
+    return jax.jit(eval_step, static_argnums=(0, 1), out_shardings=sharding.replicated(mesh))
+
+
+def _add(totals: dict[str, np.ndarray], counts: Mapping[str, jax.Array] | None) -> int:
+    """Add the counts of a batch to the totals, which no batch overflows, and return its images."""
     read = jax.device_get(counts) or {}
     for name, value in read.items():
-        totals[name] += int(value)
+        totals[name] = np.asarray(np.add(totals.get(name, 0), value, dtype=np.int64))
     return int(read.get("count", 0))

@@ -2,6 +2,7 @@
 
 import time
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 from tat_jax.data.pipeline import Pipeline, open_pipeline
 from tat_jax.data.sources import Example, ImageFolder
 from tat_jax.data.transforms import DecodeError, eval_transform
+from tat_jax.tasks.classification import Classification
 from tests.images import encode, photograph
 from tests.interpreter import run_python
 
@@ -47,15 +49,23 @@ def make(source, *, batch_size=8, train=True, seed=0, threads=0, skip_broken=Fal
             "skip_broken": skip_broken,
         }
     )
-    return Pipeline(source, data, batch_size=batch_size, train=train, seed=seed, threads=threads, **options)
+    return Pipeline(
+        source,
+        Classification(),
+        data,
+        batch_size=batch_size,
+        train=train,
+        seed=seed,
+        threads=threads,
+        **options,
+    )
 
 
 def assert_same(got, expected) -> None:
     got, expected = list(got), list(expected)
     assert len(got) == len(expected)
     for a, b in zip(got, expected, strict=True):
-        for key in ("image", "label", "where"):
-            np.testing.assert_array_equal(a[key], b[key])
+        jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 counts = st.integers(1, 150)
@@ -81,8 +91,7 @@ class TestPipeline:
             for i in range(processes)
         ]
         joined = [
-            {key: np.concatenate([rows[key] for rows in step]) for key in step[0]}
-            for step in zip(*local, strict=True)
+            jax.tree.map(lambda *rows: np.concatenate(rows), *step) for step in zip(*local, strict=True)
         ]
         assert_same(joined, make(source, batch_size=batch_size, train=train).epoch(1))
 
@@ -106,20 +115,20 @@ class TestPipeline:
         batches = list(make(source, batch_size=batch_size, train=train, threads=2).epoch(0))
         assert len(batches) == -(-count // batch_size)
         assert sorted(source.read) == list(range(count))
-        assert sum(batch["where"].sum() for batch in batches) == count
+        assert sum(batch.where.sum() for batch in batches) == count
         for batch in batches:
-            assert batch["image"].shape == (batch_size, 8, 8, 3)
-            assert (batch["image"].dtype, batch["label"].dtype) == (np.uint8, np.int32)
-            assert batch["where"].dtype == bool
-            assert not batch["image"][~batch["where"]].any()
-            assert not batch["label"][~batch["where"]].any()
+            assert batch.image.shape == (batch_size, 8, 8, 3)
+            assert (batch.image.dtype, batch.label.dtype) == (np.uint8, np.int32)
+            assert batch.where.dtype == bool
+            assert not batch.image[~batch.where].any()
+            assert not batch.label[~batch.where].any()
 
     def test_evaluation_keeps_the_order_and_changes_no_image(self):
         source = Photographs(20)
         rows = [
             (image, label)
             for batch in make(source, train=False).epoch(0)
-            for image, label, where in zip(batch["image"], batch["label"], batch["where"], strict=True)
+            for image, label, where in zip(batch.image, batch.label, batch.where, strict=True)
             if where
         ]
         for i, (image, label) in enumerate(rows):
@@ -131,7 +140,7 @@ class TestPipeline:
         def images_by_label(epoch=0, seed=0):
             source = Photographs(7)
             (batch,) = make(source, seed=seed).epoch(epoch)
-            return source.read, batch["image"][np.argsort(batch["label"][:7])]
+            return source.read, batch.image[np.argsort(batch.label[:7])]
 
         order, images = images_by_label()
         other_order, other_images = images_by_label(**other)
@@ -155,7 +164,7 @@ class TestPipeline:
         broken = {3: b"", 40: b"<html>", 41: encode(photograph())[:300]}
         images = make(Photographs(60, broken), train=False, threads=threads, skip_broken=True)
         for _ in range(2):
-            where = np.concatenate([batch["where"] for batch in images.epoch(0)])
+            where = np.concatenate([batch.where for batch in images.epoch(0)])
             assert set(np.flatnonzero(~where[:60])) == {3, 40, 41}
         assert images.skipped == {i: f"photograph {i}" for i in broken}
 
@@ -195,7 +204,7 @@ class TestPipeline:
     def test_an_evaluation_that_cannot_crop_fails_before_it_starts(self):
         data = ConfigDict({"image_size": 64, "eval_resize": 60})
         with pytest.raises(ValueError, match=r"eval_resize=60 is less than image_size=64"):
-            Pipeline(Photographs(1), data, batch_size=1, train=True, seed=0, threads=0)
+            Pipeline(Photographs(1), Classification(), data, batch_size=1, train=True, seed=0, threads=0)
 
     def test_a_config_opens_both_splits(self):
         from configs import digits
@@ -205,4 +214,4 @@ class TestPipeline:
         train, val = open_pipeline(config, "train"), open_pipeline(config, "val")
         assert (len(train.source), train.steps_per_epoch) == (50, 1)
         assert (len(val.source), val.steps_per_epoch) == (797, 16)
-        assert next(val.epoch(0))["image"].shape == (50, 16, 16, 3)
+        assert next(val.epoch(0)).image.shape == (50, 16, 16, 3)

@@ -160,7 +160,7 @@ class TestRandomResizedCrop:
     )
     def test_a_crop_lies_in_the_image_and_in_the_ranges(self, height, width, seed, low):
         rng = np.random.default_rng(seed)
-        top, left, crop_height, crop_width = random_resized_crop_box(height, width, rng, (low, 1), RATIO)
+        top, left, crop_height, crop_width = random_resized_crop_box(height, width, rng, (low, 1.0), RATIO)
         assert 0 <= top <= top + crop_height <= height
         assert 0 <= left <= left + crop_width <= width
         assert crop_height > 0
@@ -181,10 +181,15 @@ class TestRandomResizedCrop:
     def test_what_never_fits_becomes_the_central_crop(self, height, width, box):
         # Four times the area of the image fits nowhere.
         rng = np.random.default_rng(0)
-        assert random_resized_crop_box(height, width, rng, (4, 4), RATIO) == box
+        assert random_resized_crop_box(height, width, rng, (4.0, 4.0), RATIO) == box
 
     def test_the_whole_area_of_a_square_is_the_square(self):
-        assert random_resized_crop_box(64, 64, np.random.default_rng(0), (1, 1), (1, 1)) == (0, 0, 64, 64)
+        assert random_resized_crop_box(64, 64, np.random.default_rng(0), (1.0, 1.0), (1.0, 1.0)) == (
+            0,
+            0,
+            64,
+            64,
+        )
 
 
 class TestTransforms:
@@ -207,7 +212,7 @@ class TestTransforms:
         rng = np.random.default_rng(0)
         mirrored = 0
         for _ in range(400):
-            got = train_transform(image, rng, size=16, scale=(1, 1), ratio=(1, 1), flip=True)
+            got = train_transform(image, rng, size=16, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=True)
             is_mirrored = np.array_equal(got, image[:, ::-1])
             assert is_mirrored or np.array_equal(got, image)
             mirrored += is_mirrored

@@ -1,1 +1,38 @@
 """From files to batches: `sources` finds images, `transforms` crops them, `pipeline` batches them."""
+
+from tat_jax.data.sources import SOURCES
+from tat_jax.fields import TEXT, YES_OR_NO, Field, numbers, one_of, or_none, whole
+
+FIELDS = {
+    "source": Field("imagefolder", one_of(*SOURCES), "where the images come from"),
+    "root": Field("data/imagenet", TEXT, "holds train/ and val/; for tfds its data_dir", may_change=True),
+    "tfds_name": Field("imagenet2012", TEXT, "of tfds: the data set"),
+    "labels_per_class": Field(
+        int, or_none(whole(1)), "of digits: train on the first so many of each class; None: all"
+    ),
+    "image_size": Field(224, whole(1), "height and width of what networks see"),
+    "eval_resize": Field(256, whole(1), "the shorter side from which evaluation cuts the centre"),
+    "crop_scale": Field(
+        (0.08, 1.0),
+        numbers(
+            2,
+            "two numbers greater than 0 and up to 1, the second not less",
+            lambda low, high: 0 < low <= high <= 1,
+        ),
+        "range of a training crop's share of the image's area",
+        may_change=True,
+    ),
+    "crop_ratio": Field(
+        (3 / 4, 4 / 3),
+        numbers(
+            2,
+            "two numbers greater than 0, the second not less",
+            lambda low, high: 0 < low <= high,
+        ),
+        "range of its width / height",
+        may_change=True,
+    ),
+    "flip": Field(True, YES_OR_NO, "mirror half of the training images", may_change=True),
+    "threads": Field(16, whole(0), "that read ahead; 0 reads between the steps", may_change=True),
+    "skip_broken": Field(False, YES_OR_NO, "go on without images that do not decode", may_change=True),
+}

@@ -3,32 +3,24 @@
 import threading
 from collections.abc import Iterator
 from itertools import islice
-from typing import TypedDict
 
 import grain
 import jax
 import numpy as np
-from jaxtyping import Bool, Int32, UInt8
+from jaxtyping import Integer
 from ml_collections import ConfigDict
 
-from tat_jax.data.sources import Source, open_source
-from tat_jax.data.transforms import DecodeError, decode, eval_transform, train_transform
+from tat_jax.batch import Batch
+from tat_jax.data.sources import Example, Source, open_source
+from tat_jax.data.transforms import DecodeError, decode
+from tat_jax.tasks import TASKS
+from tat_jax.tasks.task import Label, Task
 
 # Rows that one thread makes at a time. Less than a batch, so that all threads work on the first batch of an
 # epoch and on the last; enough that handing them over costs nothing.
 _ROWS = 32
 # Bytes that a thread keeps for pixels: those of 2048² in RGB. A larger image gets memory of its own.
 _MEMORY = 3 * 2048**2
-
-_Rows = tuple[np.ndarray, np.ndarray, np.ndarray]  # image, label, where
-
-
-class Batch(TypedDict):
-    """The rows of one process; `where` is False for padding and for files that do not decode."""
-
-    image: UInt8[np.ndarray, "batch size size 3"]
-    label: Int32[np.ndarray, " batch"]
-    where: Bool[np.ndarray, " batch"]
 
 
 class Pipeline:
@@ -39,9 +31,10 @@ class Pipeline:
 
     Args:
         source: the images.
+        task: transforms them with their labels.
         data: how they are transformed, as in `configs/base.py`.
         batch_size: images a step, over all processes.
-        train: shuffle and augment; else each image comes once, in order, as `eval_transform` gives it.
+        train: shuffle and augment; else each image comes once, in order, as it is evaluated.
         seed: not negative.
         process_index: which rows of each batch come here.
         process_count: how many processes share a batch evenly.
@@ -54,12 +47,13 @@ class Pipeline:
             else the first one stops the iteration.
 
     Raises:
-        ValueError: the processes cannot share a batch, or the images are smaller than their crop.
+        ValueError: the processes cannot share a batch, or the task cannot transform as `data` says.
     """
 
     def __init__(
         self,
         source: Source,
+        task: Task,
         data: ConfigDict,
         *,
         batch_size: int,
@@ -71,12 +65,13 @@ class Pipeline:
     ):
         if batch_size < 1 or batch_size % process_count:
             raise ValueError(f"batch_size={batch_size} is not a multiple of the {process_count} processes")
-        if data.eval_resize < data.image_size:
-            raise ValueError(f"data.eval_resize={data.eval_resize} is less than image_size={data.image_size}")
+        task.check(data)
         self.source = source
         self.steps_per_epoch = -(-len(source) // batch_size)
         self.skipped: dict[int, str] = {}
+        self._task = task
         self._data = data
+        self._blank_label = task.blank_label(data)
         self._batch_size = batch_size
         self._local_size = batch_size // process_count
         self._first_row = process_index * self._local_size
@@ -91,6 +86,7 @@ class Pipeline:
 
         Raises:
             DecodeError: a file is no image, unless `data.skip_broken`.
+            ValueError: a label is not of the task's kind.
         """
         order = self._order(index)
         parts = grain.MapDataset.range(start_step * self._parts, self.steps_per_epoch * self._parts)
@@ -106,8 +102,7 @@ class Pipeline:
                 for part in rows:
                     if isinstance(part, Exception):
                         raise part
-                image, label, where = map(np.concatenate, zip(*rows, strict=True))
-                yield Batch(image=image, label=label, where=where)
+                yield jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
         finally:
             reader.close()
 
@@ -123,39 +118,35 @@ class Pipeline:
             self._rng(epoch, 0).shuffle(order)
         return order
 
-    def _try_rows(self, epoch: int, order: np.ndarray, part: int) -> _Rows | Exception:
+    def _try_rows(self, epoch: int, order: np.ndarray, part: int) -> Batch | Exception:
         """Return an exception instead of raising it: Grain would add remarks of its own to its message."""
         try:
             return self._rows(epoch, order, part)
         except Exception as error:
             return error
 
-    def _rows(self, epoch: int, order: np.ndarray, part: int) -> _Rows:
-        """Return consecutive rows; what the source does not fill stays zero."""
+    def _rows(self, epoch: int, order: np.ndarray, part: int) -> Batch:
+        """Return consecutive rows; those that the source does not fill are zero, their labels blank."""
         step, part = divmod(part, self._parts)
         rows = min(_ROWS, self._local_size - part * _ROWS)
         first = step * self._batch_size + self._first_row + part * _ROWS
-        size = self._data.image_size
-        image = np.zeros((rows, size, size, 3), np.uint8)
-        label = np.zeros(rows, np.int32)
+        size, blank = self._data.image_size, self._blank_label
+        images = np.zeros((rows, size, size, 3), np.uint8)
+        labels = None if blank is None else np.full((rows, *blank.shape), blank)
         where = np.zeros(rows, bool)
         for row, index in enumerate(order[first : first + rows].tolist()):
             example = self.source[index]
             try:
-                pixels = (
-                    decode(example.image, example.name, self._memory())
-                    if isinstance(example.image, bytes)
-                    else example.image
-                )
+                images[row], label = self._transform(example, epoch, index)
             except DecodeError:
                 if not self._data.skip_broken:
                     raise
                 self.skipped[index] = example.name
                 continue
-            image[row] = self._transform(pixels, epoch, index)
-            label[row] = example.label
             where[row] = True
-        return image, label, where
+            if labels is not None:
+                labels[row] = label
+        return Batch(images, labels, where)
 
     def _memory(self) -> np.ndarray:
         """Return this thread's memory for the pixels of one image."""
@@ -163,26 +154,37 @@ class Pipeline:
             self._of_thread.memory = np.empty(_MEMORY, np.uint8)
         return self._of_thread.memory
 
-    def _transform(self, pixels: np.ndarray, epoch: int, index: int) -> np.ndarray:
-        data = self._data
-        if not self._train:
-            return eval_transform(pixels, resize=data.eval_resize, size=data.image_size)
-        return train_transform(
-            pixels,
-            self._rng(epoch, 1 + index),
-            size=data.image_size,
-            scale=data.crop_scale,
-            ratio=data.crop_ratio,
-            flip=data.flip,
-        )
+    def _transform(self, example: Example, epoch: int, index: int) -> tuple[np.ndarray, Label]:
+        image = example.image
+        if isinstance(image, bytes):
+            image = decode(image, example.name, self._memory())
+        rng = self._rng(epoch, 1 + index) if self._train else None
+        try:
+            image, label = self._task.transform(image, example.label, rng, self._data)
+            _check_label(label, self._blank_label)
+        except DecodeError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{example.name}: {error}") from error
+        return image, label
 
     def _rng(self, epoch: int, stream: int) -> np.random.Generator:
         """Return a generator of its own for the order (stream 0) and for each image of an epoch."""
         return np.random.default_rng((self._seed, epoch, stream))
 
 
+def _check_label(label: Label, blank: Integer[np.ndarray, "..."] | None) -> None:
+    """Raise a ValueError unless a label has the shape and the kind of the blank one."""
+    if blank is None or (isinstance(label, int) and not blank.shape):
+        return
+    found = np.asarray(label)
+    if found.shape != blank.shape or not np.can_cast(found.dtype, blank.dtype, "same_kind"):
+        has = "no label" if label is None else f"a label of {found.dtype}{list(found.shape)}"
+        raise ValueError(f"it has {has}, and the task takes {blank.dtype}{list(blank.shape)}")
+
+
 def open_pipeline(config: ConfigDict, split: str, *, batch_size: int | None = None) -> Pipeline:
-    """Open the split `train` or `val` of a config's data for this process.
+    """Open the split `train` or `val` of a config's data for its task and this process.
 
     Args:
         config: as the functions in `configs/` return it.
@@ -195,6 +197,7 @@ def open_pipeline(config: ConfigDict, split: str, *, batch_size: int | None = No
     """
     return Pipeline(
         open_source(config.data, split),
+        TASKS[config.task](),
         config.data,
         batch_size=batch_size or config.batch_size,
         train=split == "train",

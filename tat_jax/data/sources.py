@@ -6,19 +6,21 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Integer, UInt8
 from ml_collections import ConfigDict
 
 SPLITS = ("train", "val")
-SOURCES = ("imagefolder", "tfds", "digits")
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 
 
 class Example(NamedTuple):
-    """One image, as a file or as RGB, with its label and the name under which errors report it."""
+    """One image, as a file or as RGB, with its label and the name under which errors report it.
+
+    A label is an integer, a map of integers or, where the images have none, None.
+    """
 
     image: bytes | UInt8[np.ndarray, "height width 3"]
-    label: int
+    label: int | Integer[np.ndarray, "height width"] | None
     name: str
 
 
@@ -32,22 +34,12 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
-def open_source(data: ConfigDict, split: str) -> Source:
-    """Open the split `train` or `val` of the source that `data.source` names.
+class NamedSource(Source, Protocol):
+    """A source that a config names."""
 
-    Raises:
-        FileNotFoundError: the images are not there.
-        ValueError: no such source or split, or the files cannot be what they should be.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
-    if data.source == "imagefolder":
-        return ImageFolder(data.root, split)
-    if data.source == "tfds":
-        return Tfds(data.tfds_name, data.root, split)
-    if data.source == "digits":
-        return Digits(split, data.labels_per_class)
-    raise ValueError(f"no data.source {data.source!r}; there are {', '.join(SOURCES)}")
+    @classmethod
+    def open(cls, data: ConfigDict, split: str) -> Source:
+        """Open a split of the images that a config's `data` describes."""
 
 
 class ImageFolder:
@@ -90,6 +82,11 @@ class ImageFolder:
                 raise FileNotFoundError(f"no images in {root / split / name} ({' '.join(_EXTENSIONS)})")
             self._paths += paths
             self._labels += [numbers[name]] * len(paths)
+
+    @classmethod
+    def open(cls, data: ConfigDict, split: str) -> Source:
+        """Open a split of the images in `data.root`."""
+        return cls(data.root, split)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -147,6 +144,11 @@ class Tfds:
                 "in another folder"
             ) from None
 
+    @classmethod
+    def open(cls, data: ConfigDict, split: str) -> Source:
+        """Open a split of `data.tfds_name` in `data.root`."""
+        return cls(data.tfds_name, data.root, split)
+
     def __len__(self) -> int:
         return len(self._records)
 
@@ -190,11 +192,33 @@ class Digits:
         grey = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
         self._images = np.repeat(grey[..., None], 3, axis=-1)
 
+    @classmethod
+    def open(cls, data: ConfigDict, split: str) -> Source:
+        """Open a split, of that for training the first `data.labels_per_class` images of each class."""
+        return cls(split, data.labels_per_class)
+
     def __len__(self) -> int:
         return len(self._labels)
 
     def __getitem__(self, index: int) -> Example:
         return Example(self._images[index], int(self._labels[index]), f"digit {self._indices[index]}")
+
+
+SOURCES: dict[str, type[NamedSource]] = {"imagefolder": ImageFolder, "tfds": Tfds, "digits": Digits}
+
+
+def open_source(data: ConfigDict, split: str) -> Source:
+    """Open the split `train` or `val` of the source that `data.source` names.
+
+    Raises:
+        FileNotFoundError: the images are not there.
+        ValueError: no such source or split, or the files cannot be what they should be.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+    if data.source not in SOURCES:
+        raise ValueError(f"no data.source {data.source!r}; there are {', '.join(SOURCES)}")
+    return SOURCES[data.source].open(data, split)
 
 
 @functools.cache

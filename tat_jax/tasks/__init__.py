@@ -1,0 +1,23 @@
+"""Tasks: what a label is and what is measured. A module here with a `Task` is all that a new one takes."""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+
+from tat_jax.fields import Field, one_of
+from tat_jax.tasks.task import Task
+
+
+def _tasks() -> Iterator[tuple[str, type[Task]]]:
+    for found in pkgutil.iter_modules(__path__, f"{__name__}."):
+        module = importlib.import_module(found.name)
+        for name, value in inspect.getmembers(module, inspect.isclass):
+            if issubclass(value, Task) and value is not Task and value.__module__ == module.__name__:
+                yield name.lower(), value
+
+
+# By the names that a config gives them: those of their classes, in small letters.
+TASKS: dict[str, type[Task]] = dict(_tasks())
+
+FIELD = Field("classification", one_of(*TASKS), "what a label is, and what is measured")

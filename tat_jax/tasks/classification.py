@@ -1,0 +1,90 @@
+"""One class for each image: top-1 and top-5."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+from ml_collections import ConfigDict
+
+from tat_jax.batch import Batch
+from tat_jax.data.transforms import eval_transform, train_transform
+from tat_jax.networks.view import Outputs
+from tat_jax.tasks.task import Label, Task
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """A label is an integer; images are transformed as torchvision's ImageNet reference does it."""
+
+    titles: ClassVar[Mapping[str, str]] = {"top1": "top-1", "top5": "top-5"}
+
+    def blank_label(self, data: ConfigDict) -> Int[np.ndarray, ""]:
+        """Return the integer 0."""
+        return np.zeros((), np.int32)
+
+    def check(self, data: ConfigDict) -> None:
+        """Raise a ValueError if the centre is larger than what it is cut from."""
+        if data.eval_resize < data.image_size:
+            raise ValueError(f"data.eval_resize={data.eval_resize} is less than image_size={data.image_size}")
+
+    def transform(
+        self,
+        image: UInt8[np.ndarray, "height width 3"],
+        label: Label,
+        rng: np.random.Generator | None,
+        data: ConfigDict,
+    ) -> tuple[UInt8[np.ndarray, "size size 3"], Label]:
+        """Crop at random and flip; in evaluation resize the shorter side and take the centre."""
+        if rng is None:
+            return eval_transform(image, resize=data.eval_resize, size=data.image_size), label
+        return train_transform(
+            image, rng, size=data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip
+        ), label
+
+    def measure(self, outputs: Outputs, batch: Batch, teacher: Outputs | None) -> dict[str, Float[Array, ""]]:
+        """Return how often the student's first class is the label, and how often the teacher's first class.
+
+        Without labels there is no first, and without a teacher that knows the same classes no second one.
+        """
+        if outputs.logits is None:
+            return {}
+        prediction = outputs.logits.argmax(-1)
+        measured = {}
+        if batch.label is not None:
+            measured["train_top1"] = jnp.mean(prediction == batch.label, where=batch.where)
+        theirs = teacher and teacher.logits
+        if theirs is not None and theirs.shape == outputs.logits.shape:
+            measured["teacher_agreement"] = jnp.mean(prediction == theirs.argmax(-1), where=batch.where)
+        return measured
+
+    def count(self, outputs: Outputs, batch: Batch) -> dict[str, Int[Array, ""]]:
+        """Count the images and those whose label is among the first one and five predictions.
+
+        Of equal logits the lower class comes first, as in a stable sort; a logit that is no number counts as
+        wrong.
+
+        Raises:
+            ValueError: the network gives no logits.
+        """
+        logits = outputs.logits
+        if logits is None or batch.label is None:
+            raise ValueError(f"nothing to classify: no {'labels' if batch.label is None else 'logits'}")
+        of_label = jnp.take_along_axis(logits, batch.label[:, None], axis=1)
+        tied_after = (logits == of_label) & (jnp.arange(logits.shape[1])[None] >= batch.label[:, None])
+        rank = jnp.sum(~(logits < of_label) & ~tied_after, axis=1)
+        return {
+            "count": jnp.sum(batch.where),
+            "top1": jnp.sum((rank < 1) & batch.where),
+            "top5": jnp.sum((rank < 5) & batch.where),
+        }
+
+    def measures(self, counts: Mapping[str, Int[np.ndarray, "..."]]) -> dict[str, float]:
+        """Return the fractions of images whose label is among the first one and five predictions."""
+        return {name: int(counts[name]) / int(counts["count"]) for name in self.titles}
+
+    def chance(self, num_classes: int) -> float:
+        """Return one of so many."""
+        return 1 / num_classes

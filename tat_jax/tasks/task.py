@@ -1,0 +1,92 @@
+"""What a task is: labels, the joint transform of image and label, what is counted, which measure is best."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from jaxtyping import Array, Float, Int, Integer, UInt8
+from ml_collections import ConfigDict
+
+from tat_jax.batch import Batch
+from tat_jax.networks.view import Outputs
+
+Label = int | Integer[np.ndarray, "..."] | None
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """All that is said of labels and measures; equal ones share a compiled step, so that a field is static.
+
+    Attributes:
+        titles: the measures that lines, tables and pictures show in percent, each with what it is called
+            there. By the first one a checkpoint is the best: the higher, the better.
+    """
+
+    titles: ClassVar[Mapping[str, str]]
+
+    @abstractmethod
+    def blank_label(self, data: ConfigDict) -> Integer[np.ndarray, "..."] | None:
+        """Return what stands for the label of a row without image; all labels have its shape and type.
+
+        An integer array without axes, or a map of integers [rows, columns]; None where there are no labels.
+        """
+
+    def check(self, data: ConfigDict) -> None:
+        """Raise a ValueError if `data` asks for what `transform` cannot do."""
+        return
+
+    @abstractmethod
+    def transform(
+        self,
+        image: UInt8[np.ndarray, "height width 3"],
+        label: Label,
+        rng: np.random.Generator | None,
+        data: ConfigDict,
+    ) -> tuple[UInt8[np.ndarray, "size size 3"], Label]:
+        """Transform an image and its label together, by the same box and the same flip where it is a map.
+
+        Args:
+            image: RGB. Its memory is used again for the next image.
+            label: as the source has it.
+            rng: is advanced, and all that is random comes from it; None is the transform of evaluation.
+            data: the config's, with the `image_size` of the result.
+
+        Raises:
+            ValueError: they cannot be transformed. Whoever calls adds the name of the image.
+        """
+
+    def measure(self, outputs: Outputs, batch: Batch, teacher: Outputs | None) -> dict[str, Float[Array, ""]]:
+        """Return what a training step reports of its batch besides the losses.
+
+        Args:
+            outputs: the student's.
+            batch: what they are of.
+            teacher: the teacher's, without logits where those mean nothing; None where there is no teacher.
+        """
+        return {}
+
+    @abstractmethod
+    def count(self, outputs: Outputs, batch: Batch) -> dict[str, Int[Array, "..."]]:
+        """Count a batch, in integers or arrays of them, which add up exactly; rows outside `where` are none.
+
+        `count` is the number of images.
+        """
+
+    @abstractmethod
+    def measures(self, counts: Mapping[str, Int[np.ndarray, "..."]]) -> dict[str, float]:
+        """Return the measures of a whole split from the sums of its counts, those of `titles` at least."""
+
+    def chance(self, num_classes: int) -> float:
+        """Return the best one's measure for a network that guesses."""
+        return 0.0
+
+    @property
+    def best(self) -> str:
+        """Return the measure by which a checkpoint is the best."""
+        return next(iter(self.titles))
+
+    def describe(self, measures: Mapping[str, Any]) -> str:
+        """Return the measures of a line, as in `top-1 83.20%  top-5 97.10%`."""
+        return "  ".join(f"{title} {measures[name]:.2%}" for name, title in self.titles.items())
