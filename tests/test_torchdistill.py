@@ -1,0 +1,465 @@
+"""A YAML of the published code is our config, field by field; what it says beyond that is refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from absl import flags
+from flax.traverse_util import flatten_dict
+from ml_collections import config_flags
+
+from tat_jax import experiment
+from tat_jax.configs import r18_r34, r18_r34_kd, torchdistill
+
+TAT = Path(__file__).parent / "torchdistill" / "tat.yaml"
+UNLIKE = TAT.with_name("unlike.yaml")
+# What says nothing that a student comes to know: names, reports, folders, and how evaluation is fed.
+EVALUATION = ("batch_size", "num_workers", "random_sample")
+IGNORED = (
+    *(
+        "datasets.photographs.name",
+        "datasets.photographs.root",
+        "datasets.images.name",
+        "datasets.images.root",
+    ),
+    *(
+        "experiment",
+        "ckpt",
+        "progress",
+        "verbose",
+        "inplace",
+        "opt_level",
+        "pin_memory",
+        "find_unused_parameters",
+    ),
+    *(f"{loader}_data_loader.{name}" for loader in ("val", "test") for name in EVALUATION),
+    "forward_hook.input",
+)
+
+
+class Loader(yaml.SafeLoader):
+    """Another reader of the same files, for the tests."""
+
+
+Loader.add_constructor("!join", lambda loader, node: "".join(map(str, loader.construct_sequence(node, True))))
+
+
+def tree(file):
+    """Return what a file holds, as one would write it without aliases."""
+    return json.loads(json.dumps(yaml.load(file.read_text(), Loader)))
+
+
+def leaves(values, path=()):
+    """Yield each value with its path; empty mappings and lists are values, lists of scalars are one."""
+    parts = values.items() if isinstance(values, dict) else enumerate(values)
+    for name, value in parts:
+        if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
+            yield from leaves(value, (*path, name))
+        else:
+            yield (*path, name), value
+
+
+def mappings(values, path=()):
+    """Yield the path of each mapping."""
+    if isinstance(values, dict):
+        yield path
+    if isinstance(values, dict | list):
+        for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from mappings(value, (*path, name))
+
+
+def dotted(path):
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def is_ignored(path):
+    return any(f".{dotted(path)}".endswith(f".{name}") for name in IGNORED)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Return a function that makes the config of a file with some values changed, by dotted path."""
+
+    def make(file=TAT, changes=None):
+        values = tree(file)
+        for path, value in (changes or {}).items():
+            *within, last = path.split(".") if isinstance(path, str) else path
+            here = values
+            for part in within:
+                here = here[int(part) if isinstance(here, list) else part]
+            if value is ...:
+                del here[last]
+            else:
+                here[last] = value
+        (tmp_path / "changed.yaml").write_text(yaml.safe_dump(values))
+        return torchdistill.get_config(str(tmp_path / "changed.yaml"))
+
+    return make
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Return a function that reads a file of the given bytes."""
+
+    def read(content):
+        content = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / "file.yaml").write_bytes(content)
+        return torchdistill.get_config(str(tmp_path / "file.yaml"))
+
+    return read
+
+
+def flat(config):
+    return flatten_dict(config.to_dict(), sep=".")
+
+
+def differences(config, other):
+    """Return the fields in which two configs differ, also by the type of their values."""
+    ours, theirs = ({name: repr(value) for name, value in flat(each).items()} for each in (config, other))
+    return {name for name in ours | theirs if ours.get(name) != theirs.get(name)}
+
+
+# What it comes to
+
+
+def test_the_recipe_is_that_of_r18_r34_but_for_what_it_says_otherwise():
+    config = torchdistill.get_config(str(TAT))
+    experiment.check(config)
+    assert differences(config, r18_r34.get_config()) == {"gpus", "log_every", "data.root", "data.threads"}
+    assert (config.gpus, config.log_every, config.data.threads) == (8, 70, 12)
+    assert config.data.root == "/disk/imagenet"
+
+
+def kd_recipe():
+    text = TAT.read_text().replace("alpha: 0.1, beta: 0.0", "alpha: 0.5, beta: 0.5")
+    return text.replace("factor: 0.2", "factor: 0.1")
+
+
+def test_the_recipe_with_kd_is_that_of_r18_r34_kd(text):
+    differ = differences(text(kd_recipe()), r18_r34_kd.get_config())
+    assert differ == {"gpus", "log_every", "data.root", "data.threads"}
+
+
+def test_a_file_that_is_indented_but_for_its_first_line_is_read_as_the_published_recipe_with_kd_is(text):
+    _, models = kd_recipe().split("\nmodels:", 1)
+    first, *rest = ("models:" + models).split("\n")
+    slipped = "\n".join([first, *(f"  {line}" for line in rest)])
+    with pytest.raises(yaml.YAMLError):
+        yaml.load(slipped, Loader)
+    assert not differences(text(slipped), text(kd_recipe()))
+
+
+def test_the_miniature_is_that_of_r18_r34():
+    config = torchdistill.get_config(f"{TAT}:smoke")
+    experiment.check(config)
+    assert differences(config, r18_r34.get_config("smoke")) == {"gpus", "data.root"}
+
+
+def test_a_file_of_other_values_gives_them():
+    config = torchdistill.get_config(str(UNLIKE))
+    experiment.check(config)
+    fields = flat(config)
+    expected = {
+        "epochs": 12,
+        "log_every": 5,
+        "batch_size": 8 * 48,
+        "bn_group": 48,
+        "student.architecture": "resnet18",
+        "student.weights": "random",
+        "teacher.architecture": "resnet50",
+        "teacher.weights": "weights/resnet50",
+        "losses.cross_entropy.weight": 0.5,
+        "losses.kd.weight": 0.0,
+        "losses.tat.layer1.weight": 0.0,
+        "losses.tat.layer2.weight": 0.0,
+        "losses.tat.layer3.weight": 0.5,
+        "losses.tat.layer3.heads": 8,
+        "losses.tat.layer4.weight": 2.0,
+        "losses.tat.layer4.heads": 8,
+        "optimizer.name": "sgd",
+        "optimizer.learning_rate": 0.1,
+        "optimizer.momentum": 0.75,
+        "optimizer.nesterov": True,
+        "optimizer.weight_decay": 1e-4,
+        "optimizer.accumulate": 3,
+        "optimizer.clip_norm": 2.0,
+        "optimizer.milestones": (8,),
+        "optimizer.gamma": 0.5,
+        "data.source": "imagefolder",
+        "data.root": str(Path.home() / "images"),
+        "data.image_size": 176,
+        "data.eval_resize": 200,
+        "data.crop_scale": (0.25, 1.0),
+        "data.crop_ratio": (0.5, 2.0),
+        "data.flip": False,
+        "data.threads": 0,
+    }
+    expected |= {
+        f"{side}.{name}": value
+        for side in ("student", "teacher")
+        for name, value in {"mean": (0.5, 0.25, 0.0), "std": (1.0, 1.0, 0.5)}.items()
+    }
+    assert {name: fields[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("params", "cross_entropy", "kd"),
+    [
+        ({"alpha": 0.3}, 0.3, 0.7),  # beta is 1 - alpha
+        ({"alpha": 0.3, "beta": None}, 0.3, 0.7),
+        ({"alpha": 0.3, "beta": 2}, 0.3, 2),
+        ({"alpha": 0, "beta": 2}, 0, 1 / 16),  # KL alone, without T² and beta
+        ({"alpha": None, "beta": 1}, 0, 1 / 16),
+    ],
+)
+@pytest.mark.parametrize("factor", [1, 0.5, 0, None])
+def test_the_kd_loss_has_the_weights_that_the_published_code_gives_it(
+    config, params, cross_entropy, kd, factor
+):
+    term = {"criterion": {"type": "KDLoss", "params": params | {"temperature": 4}}, "factor": factor}
+    losses = config(TAT, {"train.criterion.org_term": term}).losses
+    factor = factor or 0  # a term without a factor is not added
+    assert losses.cross_entropy.weight == factor * cross_entropy
+    assert losses.kd.weight == pytest.approx(factor * kd, rel=1e-15)
+    assert losses.kd.temperature == 4
+
+
+def test_what_is_not_said_is_pytorchs_default(config):
+    of_sgd = config(UNLIKE, {"train.optimizer": {"type": "SGD", "params": {"lr": 1}}}).optimizer
+    assert (of_sgd.momentum, of_sgd.nesterov, of_sgd.weight_decay) == (0, False, 0)
+    assert (of_sgd.accumulate, of_sgd.clip_norm) == (1, None)
+    of_adamw = config(TAT, {"train.optimizer.params.weight_decay": ...}).optimizer
+    assert of_adamw.weight_decay == 0.01
+    assert config(TAT, {"train.scheduler.params.gamma": ...}).optimizer.gamma == 0.1
+    assert config(TAT, {"train.scheduler": ...}).optimizer.milestones == ()
+
+
+def test_a_pair_of_taps_of_different_names_is_called_after_the_students(config):
+    teacher = {"forward_hook.output": ["model.layer3", "embed_dict.a_key"]}
+    teacher["special.params.embedings.a_key.path"] = "model.layer3"
+    path = ("train", "criterion", "sub_terms", "attention", "criterion", "params", "feature_pairs", "last")
+    embedded = "train.student.special.params.embedings"
+    made = config(
+        TAT,
+        {f"train.teacher.{name}": value for name, value in teacher.items()}
+        | {(*path, "teacher", "path"): ["model.layer3", "embed_dict.a_key"]}
+        | {f"{embedded}.{name}.out_channels": 256 for name in ("a_query", "a_value")},
+    )
+    tat = made.losses.tat.layer4
+    assert (tat.weight, tat.student_tap, tat.teacher_tap) == (0.2, "layer4", "layer3")
+
+
+# GPUs and the command line
+
+
+def parsed(*arguments):
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    values(["tat-jax", f"--config={torchdistill.__file__}:{TAT}", *arguments])
+    return values.config
+
+
+@pytest.mark.parametrize("gpus", [1, 4, 8])
+def test_the_batch_is_that_of_one_gpu_times_their_number_whenever_that_is_said(gpus):
+    config = parsed(f"--config.gpus={gpus}")
+    assert (config.batch_size, config.bn_group) == (256 * gpus, 256)
+    assert config.copy_and_resolve_references().to_dict()["batch_size"] == 256 * gpus
+    assert json.loads(config.to_json())["batch_size"] == 256 * gpus
+
+
+def test_fields_can_be_said_on_the_command_line():
+    config = parsed(
+        "--config.data.root=/elsewhere", "--config.batch_size=64", "--config.losses.kd.weight=0.5"
+    )
+    assert (config.data.root, config.batch_size, config.losses.kd.weight) == ("/elsewhere", 64, 0.5)
+    experiment.check(config)
+
+
+# Nothing is passed over
+
+
+@pytest.mark.parametrize("file", [TAT, UNLIKE])
+def test_every_value_is_translated_or_refused_or_is_known_to_change_nothing(config, file):
+    as_it_is = config(file)
+
+    def matters(path):
+        try:
+            return bool(differences(config(file, {path: "nonsense"}), as_it_is))
+        except ValueError:
+            return True
+
+    of_file = [path for path, _ in leaves(tree(file))]
+    assert {dotted(path) for path in of_file if not matters(path)} == {
+        *map(dotted, filter(is_ignored, of_file))
+    }
+
+
+@pytest.mark.parametrize("file", [TAT, UNLIKE])
+@pytest.mark.parametrize("value", [1, None, [], {}])
+def test_a_key_that_is_not_known_is_named_with_its_value_and_line(config, tmp_path, file, value):
+    several = ("datasets", "splits", "embedings", "sub_terms", "feature_pairs")
+    for path in mappings(tree(file)):
+        if path and path[-1] in several:
+            continue
+        with pytest.raises(ValueError, match="no counterpart") as error:
+            config(file, {(*path, "surprise"): value})
+        said = f"{dotted((*path, 'surprise'))}={value!r} (line "
+        assert said in str(error.value)
+        line = int(str(error.value).split(said)[1].split(")")[0])
+        assert "surprise" in (tmp_path / "changed.yaml").read_text().splitlines()[line - 1]
+
+
+def test_all_that_has_no_counterpart_is_named_at_once(config):
+    changes = {"train.student.frozen_modules": ["model.layer1"], "train.optimizer.params.betas": [0.8, 0.9]}
+    with pytest.raises(ValueError, match="no counterpart") as error:
+        config(TAT, changes)
+    assert all(f"{name}={value!r} (line " in str(error.value) for name, value in changes.items())
+
+
+CRITERION = "train.criterion"
+PAIR = f"{CRITERION}.sub_terms.attention.criterion.params.feature_pairs.last"
+TRAIN_SPLIT, VAL_SPLIT = (f"datasets.photographs.splits.{split}.params" for split in ("train", "val"))
+SMALLER = {"type": "CenterCrop", "params": {"size": 192}}
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("datasets.photographs.type", "CocoDetection"),
+        (f"{TRAIN_SPLIT}.root", "/disk/imagenet/training"),
+        (f"{VAL_SPLIT}.root", "/other/disk/val"),
+        (f"{TRAIN_SPLIT}.transform_params.1", {"type": "ColorJitter", "params": {}}),
+        (f"{TRAIN_SPLIT}.transform_params.0.params.size", [224, 192]),
+        (f"{TRAIN_SPLIT}.transform_params.0.params.interpolation", "bicubic"),
+        (f"{TRAIN_SPLIT}.transform_params.1.params.p", 0.25),
+        (f"{VAL_SPLIT}.transform_params.0.params.size", [256, 256]),
+        (f"{VAL_SPLIT}.transform_params.1", SMALLER),
+        (f"{VAL_SPLIT}.transform_params.3.params.mean", [0.5, 0.5, 0.5]),
+        ("models.student_model.name", "mobilenet_v2"),
+        ("models.student_model.params.num_classes", 100),
+        ("models.student_model.params.pretrained", "yes"),
+        ("models.teacher_model.params.pretrained", False),
+        ("train.num_epochs", 2.5),
+        ("train.num_epochs", ...),
+        ("train.stage1", {"num_epochs": 5}),
+        ("train.train_data_loader.dataset_id", "another"),
+        ("train.train_data_loader.drop_last", True),
+        ("train.train_data_loader.random_sample", False),
+        ("train.train_data_loader.batch_size", 0),
+        ("train.train_data_loader.cache_output", "cache"),
+        ("train.val_data_loader.drop_last", True),
+        ("test.test_data_loader.dataset_id", "imagenet learnt"),
+        ("train.teacher.frozen_modules", []),
+        ("train.student.frozen_modules", ["model.layer1"]),
+        ("train.student.requires_grad", False),
+        ("train.student.wrapper", "DataParallel"),
+        ("train.student.sequential", ["conv1", "layer1"]),
+        ("train.student.special.type", "ChannelSimilarityEmbed"),
+        ("train.student.special.params.embedings.a_query.path", "model.avgpool"),
+        ("train.student.special.params.embedings.a_query.path", "model.layer3"),
+        ("train.student.special.params.embedings.a_query.out_channels", 256),
+        ("train.student.special.params.embedings.a_key", {"io": "output", "path": "model.layer4"}),
+        ("train.student.forward_hook.output", ["model.layer4"]),
+        ("train.apex.requires", True),
+        ("train.optimizer.type", "Adam"),
+        ("train.optimizer.params.lr", "fast"),
+        ("train.optimizer.params.lr", True),
+        ("train.optimizer.params.amsgrad", True),
+        ("train.optimizer.module_wise_params", [{"module": "fc"}]),
+        ("train.scheduler.type", "ReduceLROnPlateau"),
+        ("train.scheduler.scheduling_step", 100),
+        (f"{CRITERION}.type", "CustomLoss"),
+        (f"{CRITERION}.org_term.criterion.type", "DKDLoss"),
+        (f"{CRITERION}.org_term.criterion.params.reduction", "mean"),
+        (f"{CRITERION}.org_term.criterion.params.temperature", 0),
+        (f"{CRITERION}.sub_terms.attention.criterion.type", "ATLoss"),
+        (f"{CRITERION}.sub_terms.attention.factor", ...),
+        (f"{PAIR}.student.io", "input"),
+        (f"{PAIR}.student.path", ["model.layer4", "embed_dict.a_query"]),
+        (f"{PAIR}.teacher.path", ["model.layer4", "embed_dict.unknown"]),
+    ],
+)
+def test_what_is_otherwise_in_the_published_code_is_refused_with_its_place(config, path, value):
+    with pytest.raises(ValueError, match=r"changed\.yaml: ") as error:
+        config(TAT, {path: value})
+    place = (
+        path.replace("params.1", "params")
+        .replace(".0.", "[0].")
+        .replace(".1.", "[1].")
+        .replace(".3.", "[3].")
+    )
+    if "embedings" not in path and "forward_hook" not in path and value is not SMALLER:
+        assert place in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "line" in str(error.value) or value is ...
+
+
+def test_two_pairs_of_one_tap_are_refused(config):
+    pair = tree(TAT)["train"]["criterion"]["sub_terms"]["attention"]
+    with pytest.raises(ValueError, match="layer4 a second time"):
+        config(TAT, {f"{CRITERION}.sub_terms.again": pair})
+
+
+# Read safely
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "holds no mapping"),
+        ("- a\n- b", "holds no mapping"),
+        ("just a text", "holds no mapping"),
+        ("something: else", "models.student_model.name is missing; the file has something"),
+        ("a: [1, 2", "is no YAML, line 1: expected ',' or ']'"),
+        ("a: 1\n---\nb: 2", "another document"),
+        ("a: \0", "is no YAML"),
+        (b"a: \xff\xfe", "is not UTF-8"),
+        ("a: 1\nb: 2\na: 3", "line 3: the key a is there twice"),
+        ("a: &a {b: 1}\nc:\n  <<: *a", "line 3: '<<' is no text"),
+        ("1: a", "line 1: '1' is no text"),
+        ("a: *b", "undefined alias"),
+        ("a: 2024-01-01", "timestamp is not read"),
+        ("a: !!int x", "line 1: 'x' is no int"),
+        (
+            "\n\na: !!python/object/apply:os.mkdir [/tmp/tat_jax_was_here]",
+            "line 3: tag:yaml.org,2002:python/",
+        ),
+        ("%TAG ! tag:yaml.org,2002:python/\n---\na: !name:os.system x", "python/name:os.system is not read"),
+        ("a: !import_get {key: os.system}", "!import_get is not read"),
+        ("a: !getattr [a, b]", "!getattr is not read"),
+        ("a: !pathjoin [a, b]", "!pathjoin is not read"),
+        ("a: !join text", "!join is not read; !join of a list"),
+        ("a: !join [a, [b]]", "!join joins scalars only"),
+        ("a: &a [*a]", "an alias in itself"),
+        ("a: &a !join [*a]", "an alias in itself"),
+        ("[" * 20_000, "too deep"),
+        ("a: " + "b" * 200_000, "more than 100,000 bytes"),
+        ("a: &a " + "b" * 90_000 + "\nc: !join [" + "*a, " * 1_000 + "x]", "with aliases written out"),
+    ],
+)
+def test_what_is_no_such_file_is_refused_in_a_line(text, content, said):
+    with pytest.raises(ValueError, match=r"file\.yaml") as error:
+        text(content)
+    assert said in str(error.value)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("tag", ["", "!join"])
+def test_aliases_of_aliases_end_at_a_bound(text, tag):
+    levels = [f"a0: &a0 {tag} [x, x]"]
+    levels += [f"a{i}: &a{i} {tag} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 20)]
+    with pytest.raises(ValueError, match="with aliases written out"):
+        text("\n".join(levels))
+
+
+def test_a_file_that_is_missing_or_none_is_refused_in_a_line(tmp_path):
+    for path, said in ((tmp_path / "gone.yaml", "is missing"), (tmp_path, "is no file")):
+        with pytest.raises(ValueError, match=said):
+            torchdistill.get_config(str(path))
+
+
+def test_control_characters_of_a_file_do_not_reach_the_terminal(text):
+    with pytest.raises(ValueError, match="no counterpart") as error:
+        text(TAT.read_text() + '"\\e[31m\\n": "\\e[32m"\n')
+    assert str(error.value).isprintable()
