@@ -300,7 +300,7 @@ def test_a_path_without_parameters_is_answered_with_the_nearest_ones(path, near,
     ],
 )
 def test_the_moments_have_the_tree_of_earlier_checkpoints_whatever_the_rates(
-    changes, published, rates, trained
+    changes, earlier, rates, trained
 ):
     ours = optim.optimizer(config_of(rates=rates, **changes), lambda step: 1.0, trained).init(trained)
     assert jax.tree.structure(ours) == jax.tree.structure(earlier.init(trained))
