@@ -9,22 +9,25 @@ from tat_jax.torchdistill.section import Section
 _FLIP = "RandomHorizontalFlip"
 _TRAIN = ("RandomResizedCrop", _FLIP, "ToTensor", "Normalize")
 _EVAL = ("Resize", "CenterCrop", "ToTensor", "Normalize")
+# Each image counts once, whatever these say.
+_OF_EVALUATION = ("batch_size", "num_workers", "random_sample")
 
 
 def data(file: Section) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the fields of the data, and the mean and standard deviation that both networks want."""
-    loaders = file.section("train")
+    """Return the fields of the data, and the mean and standard deviation that both networks want.
+
+    Raises:
+        ValueError: images are read or transformed as they cannot be here.
+    """
     splits = _splits(file.section("datasets"))
-    train, val = _split(loaders, "train_data_loader", splits), _split(loaders, "val_data_loader", splits)
-    if (
-        "test_data_loader" in file.section("test")
-        and _split(file.section("test"), "test_data_loader", splits) != val
-    ):
-        raise file.section("test").wrong("test_data_loader", "is of another split than val_data_loader")
-    loader = loaders.section("train_data_loader")
+    loaders = file.section("train")
+    loader, evaluation = loaders.section("train_data_loader"), loaders.section("val_data_loader")
+    train, val = _split(loader, *splits), _split(evaluation, *splits)
     loader.one_of("random_sample", True)
-    for evaluation in (loaders.section("val_data_loader"), file.section("test").section("test_data_loader")):
-        evaluation.ignore("batch_size", "num_workers", "random_sample")
+    evaluation.ignore(*_OF_EVALUATION)
+    if "test_data_loader" in (tests := file.section("test")):
+        _split(tests.section("test_data_loader"), val)
+        tests.section("test_data_loader").ignore(*_OF_EVALUATION)
     crops, normalisation = _train_transform(splits[train])
     fields = {
         "source": "imagefolder",
@@ -52,14 +55,13 @@ def _splits(datasets: Section) -> dict[str, Section]:
     return splits
 
 
-def _split(loaders: Section, name: str, splits: dict[str, Section]) -> str:
-    """Return the name of a loader's split, and see that the loader does nothing else."""
-    loader = loaders.section(name)
+def _split(loader: Section, *names: str) -> str:
+    """Return the name of a loader's split, one of `names`, and see that the loader does nothing else."""
     loader.ignore("pin_memory")
     loader.allow("drop_last", None, False)
     for wrapped in ("cache_output", "dataset_wrapper", "batch_sampler", "collate_fn"):
         loader.allow(wrapped, None)
-    return loader.one_of("dataset_id", *splits)
+    return loader.one_of("dataset_id", *names)
 
 
 def _root(params: Section, split: str) -> str:
@@ -79,10 +81,10 @@ def _train_transform(params: Section) -> tuple[dict[str, Any], dict[str, Any]]:
         "image_size": _size(crop),
         "crop_scale": tuple(crop.several("scale", float, [0.08, 1.0])),
         "crop_ratio": tuple(crop.several("ratio", float, [3 / 4, 4 / 3])),
-        "flip": flip is not None and flip.number("p", 0.5) > 0,
+        "flip": flip is not None,
     }
-    if flip is not None and flip.number("p", 0.5) not in (0, 0.5):
-        raise flip.wrong("p", "is neither 0.5 nor 0")
+    if flip is not None and flip.number("p", 0.5) != 0.5:
+        raise flip.wrong("p", "is not 0.5")
     return fields, _normalisation(steps["Normalize"])
 
 

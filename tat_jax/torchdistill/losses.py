@@ -8,21 +8,26 @@ from tat_jax.torchdistill.section import Section
 
 
 def losses(criterion: Section, student: Side, teacher: Side) -> dict[str, Any]:
+    """Return the fields of the losses.
+
+    Raises:
+        ValueError: there is no such loss here, or it compares what is no pair of taps.
+    """
     criterion.one_of("type", "GeneralizedCustomLoss")
     criterion.allow("func2extract_org_loss", None)
-    label, kd = _of_logits(criterion.section("org_term"))
-    fields: dict[str, Any] = {"cross_entropy": {"weight": label}, "kd": kd, "tat": {}}
+    cross_entropy, kd = _of_logits(criterion.section("org_term"))
+    tat: dict[str, Any] = {}
     for term in criterion.section("sub_terms").sections().values():
-        for tap, tat in _tat(term, student, teacher):
-            if tap in fields["tat"]:
+        for tap, fields in _tat(term, student, teacher):
+            if tap in tat:
                 raise term.wrong("criterion", f"compares {tap} a second time")
-            fields["tat"][tap] = tat
-    return fields
+            tat[tap] = fields
+    return {"cross_entropy": {"weight": cross_entropy}, "kd": kd, "tat": tat}
 
 
 def _of_logits(term: Section) -> tuple[float, dict[str, float]]:
-    """Return the weight of the cross-entropy and the fields of KD; a term without a factor is not added."""
-    factor = term.number("factor") if "factor" in term else 0.0
+    """Return the weight of the cross-entropy and the fields of KD."""
+    factor = term.number("factor") if "factor" in term else 0.0  # without one, the term is not added
     term.allow("factor", None)
     loss = term.section("criterion")
     params = loss.section("params")

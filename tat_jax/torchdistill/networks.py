@@ -42,6 +42,11 @@ class Side(NamedTuple):
 
 
 def student(model: Section, section: Section) -> Side:
+    """Return the student, which is trained as a whole.
+
+    Raises:
+        ValueError: it is no network or has no embedding that there is here.
+    """
     architecture, weights = _network(model)
     section.allow("wrapper", None, "DistributedDataParallel")
     section.allow("requires_grad", True)
@@ -50,6 +55,11 @@ def student(model: Section, section: Section) -> Side:
 
 
 def teacher(model: Section, section: Section) -> Side:
+    """Return the teacher.
+
+    Raises:
+        ValueError: it is not frozen, its weights are not published ones, or there is no such network here.
+    """
     architecture, weights = _network(model)
     if weights is None:
         raise model.section("params").wrong(

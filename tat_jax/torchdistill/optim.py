@@ -1,4 +1,7 @@
-"""`optimizer` and `scheduler`; what they do not say is PyTorch's default."""
+"""`optimizer` and `scheduler`; what they do not say is PyTorch's default.
+
+Rates are taken as they stand: the authors' script, too, keeps torchdistill from multiplying them by the GPUs.
+"""
 
 from typing import Any
 
@@ -6,6 +9,11 @@ from tat_jax.torchdistill.section import Section
 
 
 def optimizer(section: Section) -> dict[str, Any]:
+    """Return the fields of the optimiser.
+
+    Raises:
+        ValueError: there is no such optimiser here.
+    """
     section.allow("module_wise_params", None, [])
     fields: dict[str, Any] = {"accumulate": section.whole("grad_accum_step", 1)}
     if "max_grad_norm" in section:
@@ -13,7 +21,6 @@ def optimizer(section: Section) -> dict[str, Any]:
     section.allow("max_grad_norm", None)
     params = section.section("params")
     fields["learning_rate"] = params.number("lr")
-    # What is not said is PyTorch's default.
     if section.one_of("type", "AdamW", "SGD") == "AdamW":
         params.allow("betas", [0.9, 0.999])
         params.allow("eps", 1e-8)
@@ -29,12 +36,20 @@ def optimizer(section: Section) -> dict[str, Any]:
 
 
 def schedule(section: Section) -> dict[str, Any]:
-    """Return the fields of the rate's schedule by epoch; without one it stays as it is."""
+    """Return the fields of the rate's schedule by epoch; without one the rate stays as it is.
+
+    Raises:
+        ValueError: there is no such schedule here; cosine and polynomial go by step here, by epoch there.
+    """
     section.allow("scheduling_step", None, 0)
     if "type" not in section:
-        return {"milestones": ()}
+        return {"schedule": "multistep", "milestones": ()}
     section.one_of("type", "MultiStepLR")
     params = section.section("params")
     params.allow("last_epoch", -1)
     params.ignore("verbose")
-    return {"milestones": tuple(params.several("milestones", int)), "gamma": params.number("gamma", 0.1)}
+    return {
+        "schedule": "multistep",
+        "milestones": tuple(params.several("milestones", int)),
+        "gamma": params.number("gamma", 0.1),
+    }

@@ -2,7 +2,7 @@
 
 import reprlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 Key = tuple[str | int, ...]
@@ -170,13 +170,19 @@ class Section:
         return f"{_dotted(key)}={_SHORT.repr(value)} (line {self._lines[key]})"
 
     def _rest(self, key: Key, value: Any) -> Iterator[tuple[Key, Any]]:
-        """Yield what was not taken; an empty mapping or list is a value, too."""
+        """Yield what was not taken; an empty mapping is a value, too, and so is a list of scalars."""
         if key in self._taken:
             return
-        if not isinstance(value, dict | list) or not value:
-            yield key, value
-            return
-        for part, below in value.items() if isinstance(value, dict) else enumerate(value):
+        parts: Iterable[tuple[str | int, Any]]
+        match value:
+            case dict() if value:
+                parts = value.items()
+            case list() if any(isinstance(part, dict | list) for part in value):
+                parts = enumerate(value)
+            case _:
+                yield key, value
+                return
+        for part, below in parts:
             yield from self._rest((*key, part), below)
 
 
