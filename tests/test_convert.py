@@ -15,8 +15,9 @@ import safetensors.numpy
 import torch
 
 from proofs.torch_resnet import TorchResNet, random_torch_resnet
-from tat_jax import checkpoint, convert
-from tat_jax.torch_file import read_entries
+from tat_jax import convert, networks
+from tat_jax.weights import names, published, store
+from tat_jax.weights.torch_file import read_entries
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +91,9 @@ def test_half_precision_becomes_float32_exactly(tmp_path, state_dict, name):
     else:
         arrays = {n: v.float().numpy().astype(ml_dtypes.bfloat16) for n, v in half.items() if v.ndim}
         safetensors.numpy.save_file(arrays, tmp_path / name)
-    network = convert.convert_entries(read_entries(tmp_path / name), "resnet18", source=name)
+    network = names.convert_entries(read_entries(tmp_path / name), "resnet18", source=name)
     expected = {n: v.float().numpy() for n, v in half.items() if v.ndim}
-    assert_same_entries(convert.export_entries(network), expected)
+    assert_same_entries(names.export_entries(network), expected)
 
 
 def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path, state_dict):
@@ -121,10 +122,10 @@ def test_a_backbone_is_converted_with_a_fresh_head_when_told_to(tmp_path, state_
     file = save(backbone, tmp_path / "backbone.safetensors")
     assert "--head fresh" in error_of("resnet18", "--from", file, "--to", tmp_path / "w")
     command("resnet18", "--from", file, "--head", "fresh", "--to", tmp_path / "w")
-    network = checkpoint.load_network(tmp_path / "w")
+    network = store.load_network(tmp_path / "w")
     assert network.origin["head"] == "fresh"
     assert network.arguments["num_classes"] == 1000
-    kept = {n: v for n, v in convert.export_entries(network).items() if not n.startswith("fc.")}
+    kept = {n: v for n, v in names.export_entries(network).items() if not n.startswith("fc.")}
     assert_same_entries(kept, without_counters(backbone))
 
 
@@ -229,32 +230,43 @@ def server(tmp_path):
         thread.join()
 
 
-def test_a_download_is_kept_once_its_size_and_hash_are_right(tmp_path, server, monkeypatch):
+def test_a_download_is_kept_once_its_size_and_hash_are_right(tmp_path, server):
     running, folder, url = server
     content = b"weights" * 1000
     name = f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth"
-    monkeypatch.setitem(convert.PUBLISHED, "resnet18", name)
     cache = tmp_path / "cache"
 
     (folder / name).write_bytes(content)
     running.withheld = 10
     with pytest.raises((ValueError, OSError), match=r"ended after 6,990 of 7,000 bytes|cannot fetch"):
-        convert.fetch("resnet18", cache, published_at=url)
+        published.fetch(name, cache, published_at=url)
     assert os.listdir(cache) == []
 
     running.withheld = 0
     (folder / name).write_bytes(content[:-1] + b"!")
     with pytest.raises(ValueError, match="is not the published file: its SHA-256 begins with"):
-        convert.fetch("resnet18", cache, published_at=url)
+        published.fetch(name, cache, published_at=url)
     assert os.listdir(cache) == []
 
     (folder / name).write_bytes(content)
-    path = convert.fetch("resnet18", cache, published_at=url)
+    path = published.fetch(name, cache, published_at=url)
     assert path.read_bytes() == content
     (folder / name).unlink()
-    assert convert.fetch("resnet18", cache, published_at=url) == path
+    assert published.fetch(name, cache, published_at=url) == path
 
 
 def test_a_server_that_does_not_answer_is_named_with_the_way_out(tmp_path):
     with pytest.raises(OSError, match=r"cannot fetch http://127.0.0.1:9/resnet18.*--from"):
-        convert.fetch("resnet18", tmp_path, published_at="http://127.0.0.1:9")
+        published.fetch("resnet18-f37072fd.pth", tmp_path, published_at="http://127.0.0.1:9")
+
+
+def test_a_network_without_published_weights_says_how_to_name_a_file(tmp_path, monkeypatch):
+    monkeypatch.setitem(networks.ARCHITECTURES, "own", networks.find("resnet18")._replace(published=None))
+    assert "no weights of own are published; name a file of them with --from" in error_of(
+        "own", "--to", tmp_path / "weights"
+    )
+
+
+def test_an_architecture_that_is_none_is_named_with_those_that_are(tmp_path, capsys):
+    error_of("resnet19", "--to", tmp_path / "weights")
+    assert "no architecture 'resnet19'; there are resnet18, resnet34" in capsys.readouterr().err

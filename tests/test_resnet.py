@@ -9,18 +9,26 @@ from einops import rearrange
 from flax import nnx
 
 from proofs.torch_resnet import random_torch_resnet
-from tat_jax import checkpoint, distill
-from tat_jax.convert import convert_entries
-from tat_jax.layers import BatchNorm, max_pool
-from tat_jax.resnet import ARCHITECTURES, STAGES, ResNet
+from tat_jax import networks
+from tat_jax.networks.layers import BatchNorm, max_pool
+from tat_jax.networks.resnet import ARCHITECTURES, BasicBlock, architecture
+from tat_jax.networks.view import View
+from tat_jax.weights import store
+from tat_jax.weights.names import convert_entries
+
+STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
-def ours_of(theirs, architecture, dtype=jnp.float32):
+def ours_of(theirs, name, dtype=jnp.float32):
     entries = {name: value.numpy() for name, value in theirs.state_dict().items()}
-    network = convert_entries(entries, architecture, source="PyTorch")
-    model = ResNet(**network.arguments, dtype=dtype, rngs=nnx.Rngs(0))
-    checkpoint.set_weights(model, network.weights, source="PyTorch")
+    stored = convert_entries(entries, name, source="PyTorch")
+    model = networks.construct(stored.arguments, dtype=dtype, rngs=nnx.Rngs(0))
+    store.set_weights(model, stored.weights, source="PyTorch")
     return model
+
+
+def resnet18(seed=0, **options):
+    return ARCHITECTURES["resnet18"].build(rngs=nnx.Rngs(seed), **options)
 
 
 def relative_error(ours, theirs):
@@ -30,36 +38,36 @@ def relative_error(ours, theirs):
     return np.linalg.norm(np.asarray(ours) - theirs) / np.linalg.norm(theirs)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("float64", 1e-9)])
-def test_logits_and_taps_equal_pytorchs(architecture, dtype, bound):
+def test_logits_and_taps_equal_pytorchs(name, dtype, bound):
     with jax.enable_x64(dtype == "float64"):
-        theirs = random_torch_resnet(architecture, num_classes=10, width=16).eval().to(getattr(torch, dtype))
+        theirs = random_torch_resnet(name, num_classes=10, width=16).eval().to(getattr(torch, dtype))
         images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(dtype)
-        graph, state = nnx.split(ours_of(theirs, architecture, jnp.dtype(dtype)))
-        logits, taps = jax.jit(lambda s, x: distill.forward(nnx.merge(graph, s), x))(state, images)
+        graph, state = nnx.split(View(ours_of(theirs, name, jnp.dtype(dtype)), taps=STAGES))
+        logits, taps = jax.jit(lambda s, x: nnx.merge(graph, s)(x))(state, images)
         expected, outputs = theirs(torch.from_numpy(rearrange(images, "b h w c -> b c h w")), taps=True)
         assert logits.dtype == jnp.dtype(dtype)
         assert relative_error(logits, expected) < bound
         assert list(taps) == list(STAGES)
-        for name in STAGES:
-            assert relative_error(taps[name], outputs[name]) < bound
+        for tap in STAGES:
+            assert relative_error(taps[tap], outputs[tap]) < bound
 
 
 def test_a_full_network_has_torchvisions_number_of_parameters():
     # torchvision's documented counts.
     counts = {"resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_032}
     counts |= {"resnet101": 44_549_160, "resnet152": 60_192_808}
-    for architecture, count in counts.items():
-        model = nnx.eval_shape(lambda name=architecture: ResNet(name, rngs=nnx.Rngs(0)))
+    for name, count in counts.items():
+        model = nnx.eval_shape(lambda name=name: ARCHITECTURES[name].build(rngs=nnx.Rngs(0)))
         assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == count
 
 
 def test_reading_taps_changes_neither_structure_nor_state():
-    model = ResNet("resnet18", width=2, num_classes=3, small_images=True, rngs=nnx.Rngs(0))
+    model = resnet18(width=2, num_classes=3, small_images=True)
     before = nnx.split(model)
     images = jnp.ones((2, 16, 16, 3))
-    logits, taps = distill.forward(model, images)
+    logits, taps = View(model, taps=STAGES)(images)
     np.testing.assert_array_equal(model(images), logits)
     after = nnx.split(model)
     assert before[0] == after[0]
@@ -102,13 +110,13 @@ def test_a_batch_that_is_no_whole_number_of_groups_is_refused():
 
 
 def test_bfloat16_activations_keep_float32_parameters():
-    model = ResNet("resnet18", width=2, num_classes=3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    model = resnet18(width=2, num_classes=3, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
     assert model(jnp.ones((1, 32, 32, 3))).dtype == jnp.bfloat16
 
 
 def test_initial_kernels_are_kaimings_and_follow_the_seed():
-    model, again, other = (ResNet("resnet18", width=32, rngs=nnx.Rngs(seed)) for seed in (0, 0, 1))
+    model, again, other = (resnet18(seed, width=32) for seed in (0, 0, 1))
     kernel = model.layer4[0].conv1.kernel[...]
     # 295,000 normal draws with variance 2 / (9 · 256): the standard error of their deviation is 0.13 %.
     assert kernel.std() == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.01)
@@ -116,9 +124,10 @@ def test_initial_kernels_are_kaimings_and_follow_the_seed():
     assert not np.array_equal(kernel, other.layer4[0].conv1.kernel[...])
 
 
-def test_an_unknown_architecture_is_named():
-    with pytest.raises(ValueError, match="no architecture 'resnet19'; there are resnet18, resnet34"):
-        ResNet("resnet19", rngs=nnx.Rngs(0))
+def test_a_resnet_of_other_depths_is_made_in_a_line():
+    model = architecture(BasicBlock, (1, 2, 1, 1)).build(width=2, num_classes=3, rngs=nnx.Rngs(0))
+    assert [len(stage) for stage in (model.layer1, model.layer2, model.layer3, model.layer4)] == [1, 2, 1, 1]
+    assert model(jnp.ones((1, 32, 32, 3))).shape == (1, 3)
 
 
 @pytest.mark.parametrize("size", [(8, 6), (7, 5), (1, 2)])

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from tat_jax.layers import BatchNorm, at_least_float32, conv
+from tat_jax.networks.layers import BatchNorm, at_least_float32, conv
 
 
 class Tiny(nnx.Module):

@@ -42,7 +42,7 @@ _SAFETENSORS_TYPES = {
     "BF16": np.dtype(jnp.bfloat16),
     "I64": np.dtype("<i8"),
 }
-# A ResNet-152 with its optimiser needs a tenth. A million take seconds, and 100 MB at most.
+# A network of 152 layers with its optimiser needs a tenth. A million take seconds, and 100 MB at most.
 _MAX_OPERATIONS = 1_000_000
 _MAX_DIMENSIONS = 32
 _MAX_ARGUMENTS = 8

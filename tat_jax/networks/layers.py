@@ -150,7 +150,7 @@ def conv(
 
 
 def max_pool(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w channels"]:
-    """Return the maxima of 3×3 windows at stride 2, padded by 1 on every side, as in a ResNet's stem.
+    """Return the maxima of 3×3 windows at stride 2, padded by 1 on every side, as in residual stems.
 
     On a CPU as maxima of shifted maps, whose gradient there takes a quarter of the time of XLA's own.
     """

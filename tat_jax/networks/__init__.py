@@ -1,0 +1,229 @@
+"""The networks a config names, with their weights: student and teacher, built alike.
+
+Each other file of this folder that has `ARCHITECTURES` is a family of networks; none is named here.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import DTypeLike
+
+from tat_jax.fields import TEXT, Field, Fields, Rule, numbers, or_none, whole
+from tat_jax.networks.architecture import Architecture
+from tat_jax.networks.view import MEAN, STD, View
+from tat_jax.weights import folders, store
+from tat_jax.weights.store import StoredNetwork
+
+RANDOM = "random"  # weights drawn from the seed instead of read from a folder
+
+
+def _found() -> dict[str, Architecture]:
+    files = (importlib.import_module(f"{__name__}.{file.name}") for file in pkgutil.iter_modules(__path__))
+    return {name: found for file in files for name, found in getattr(file, "ARCHITECTURES", {}).items()}
+
+
+ARCHITECTURES = _found()
+
+_OF_FAMILIES = {name: field for found in ARCHITECTURES.values() for name, field in found.options.items()}
+_OF_VIEW = {
+    "mean": Field(MEAN, numbers(3, "three numbers", lambda *_: True), "of the channels of its images"),
+    "std": Field(
+        STD,
+        numbers(3, "three numbers greater than 0", lambda *channels: min(channels) > 0),
+        "their standard deviation, like the mean in units of the full range of a pixel",
+    ),
+    "image_size": Field(int, or_none(whole(1)), "to which images are resized for it; None: as they are"),
+}
+FIELDS: Fields = {
+    "architecture": Field(
+        "resnet18",
+        Rule(" or ".join(map(repr, ARCHITECTURES)), lambda value: value in list(ARCHITECTURES)),
+        "of the network",
+    ),
+    "weights": Field(RANDOM, TEXT, "a folder of converted weights, a run, or 'random'"),
+    **_OF_FAMILIES,
+    **_OF_VIEW,
+}
+
+
+class Network(NamedTuple):
+    """A network with its weights in place.
+
+    Attributes:
+        view: of the network.
+        arguments: what builds it again: its architecture, its number of classes, its options, and what its
+            view has that is not the default. Empty for a network of your own.
+        origin: where its weights came from, as `source`; `head` is "trained", "random", or "fresh" where its
+            logits mean nothing yet.
+    """
+
+    view: View
+    arguments: dict[str, Any]
+    origin: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """Return what lines and pictures call it."""
+        return self.arguments.get("architecture", type(self.view.network).__name__)
+
+
+def build(
+    entry: Mapping[str, Any],
+    *,
+    num_classes: int,
+    dtype: DTypeLike,
+    bn_group: int | None = None,
+    seed: int,
+    fit_head: bool,
+) -> Network:
+    """Build the network of a config's entry, with its weights.
+
+    Args:
+        entry: the `FIELDS`.
+        num_classes: of the data.
+        dtype: the type of activations.
+        bn_group: images over which batch statistics are taken; None is the whole batch.
+        seed: what random weights are drawn from.
+        fit_head: start a head that is missing, or has another number of classes than the data, afresh, as a
+            student's; otherwise the head stays as it is.
+
+    Raises:
+        FileNotFoundError: the weights do not exist.
+        ValueError: they are another network's, or the architecture has no such option.
+    """
+    rngs = nnx.Rngs(seed)
+    if entry["weights"] == RANDOM:
+        arguments = _arguments(entry, num_classes)
+        view = _view(arguments, dtype=dtype, bn_group=bn_group, rngs=rngs)
+        return Network(view, arguments, {"head": "random", "source": f"random weights, seed {seed}"})
+    stored = _load(entry)
+    source, of_head = entry["weights"], stored.arguments["num_classes"]
+    arguments = _arguments(entry, num_classes if fit_head else of_head)
+    view = _view(arguments, dtype=dtype, bn_group=bn_group, rngs=rngs)
+    weights, origin = stored.weights, {**stored.origin, "source": source}
+    if fit_head and (origin["head"] == "fresh" or of_head != num_classes):
+        weights = weights | _head(view.network, arguments["architecture"])
+        origin["head"] = "fresh"
+    store.set_weights(view.network, weights, source=source)
+    return Network(view, arguments, origin)
+
+
+def own(network: nnx.Module | View | Network) -> Network:
+    """Return a network of the user's as one of ours; its logits count as trained.
+
+    Raises:
+        ValueError: it is no network.
+    """
+    if isinstance(network, Network):
+        return network
+    if not isinstance(network, nnx.Module):
+        raise ValueError(f"a {type(network).__name__} is no network: it must be a flax.nnx module, or a View")
+    view = network if isinstance(network, View) else View(network)
+    return Network(view, {}, {"head": "trained", "source": type(view.network).__name__})
+
+
+def restore(folder: str | Path, *, dtype: DTypeLike = "float32") -> Network:
+    """Build the network of a folder of converted weights, of a checkpoint, or the best one of a run.
+
+    Raises:
+        FileNotFoundError: there is no network in `folder`.
+        ValueError: what is there cannot be read.
+    """
+    stored = _stored(folder)
+    view = _view(stored.arguments, dtype=dtype, rngs=nnx.Rngs(0))
+    store.set_weights(view.network, stored.weights, source=str(folder))
+    return Network(view, stored.arguments, {**stored.origin, "source": str(folder)})
+
+
+def construct(
+    arguments: Mapping[str, Any],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    bn_group: int | None = None,
+    rngs: nnx.Rngs,
+) -> nnx.Module:
+    """Make the network of such arguments as `Network` has, with random weights.
+
+    Raises:
+        ValueError: there is no such architecture.
+    """
+    architecture = find(arguments["architecture"])
+    options = {name: arguments.get(name, field.default) for name, field in architecture.options.items()}
+    return architecture.build(
+        num_classes=arguments["num_classes"], dtype=jnp.dtype(dtype), bn_group=bn_group, rngs=rngs, **options
+    )
+
+
+def find(architecture: str) -> Architecture:
+    """Return the architecture of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"no architecture {architecture!r}; there are {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[architecture]
+
+
+def _stored(folder: str | Path) -> StoredNetwork:
+    stored = store.load_network(folders.network_folder(Path(folder)))
+    if not stored.arguments:
+        raise ValueError(f"{folder} holds a network of your own; build it, then set its weights")
+    return stored
+
+
+def _load(entry: Mapping[str, Any]) -> StoredNetwork:
+    """Read the network that an entry names, and check that it is the one it describes."""
+    weights = entry["weights"]
+    try:
+        stored = _stored(weights)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"no weights in {weights}; make them with: "
+            f"python -m tat_jax.convert {entry['architecture']} --to {weights}"
+        ) from error
+    described = _arguments(entry, stored.arguments["num_classes"])
+    for name in {**described, **stored.arguments}:
+        found, wanted = (_said(name, arguments) for arguments in (stored.arguments, described))
+        if found != wanted and name != "image_size":  # which the same weights may see at any
+            raise ValueError(f"{weights} holds a network of {name}={found}, the config has {wanted}")
+    return stored
+
+
+def _arguments(entry: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
+    """Return what builds the network of an entry; as JSON gives it back, and without what goes without saying."""
+    name = entry["architecture"]
+    options = find(name).options
+    for option, field in _OF_FAMILIES.items():
+        if option not in options and entry[option] != field.default:
+            raise ValueError(f"{name} has no {option}, so that it must stay {field.default!r}")
+    arguments = {"architecture": name, "num_classes": num_classes, **{key: entry[key] for key in options}}
+    of_view = {key: _as_json(entry[key]) for key in _OF_VIEW}
+    return arguments | {key: value for key, value in of_view.items() if value != _said(key, {})}
+
+
+def _said(name: str, arguments: Mapping[str, Any]) -> Any:
+    """Return what some arguments say of a field, or its default."""
+    default = FIELDS[name].default if name in FIELDS else None
+    return arguments.get(name, None if isinstance(default, type) else _as_json(default))
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _view(
+    arguments: Mapping[str, Any], *, dtype: DTypeLike, bn_group: int | None = None, rngs: nnx.Rngs
+) -> View:
+    network = construct(arguments, dtype=dtype, bn_group=bn_group, rngs=rngs)
+    return View(network, **{name: arguments[name] for name in _OF_VIEW if name in arguments})
+
+
+def _head(network: nnx.Module, architecture: str) -> dict[str, Any]:
+    below = f"{find(architecture).head}."
+    return {path: value for path, value in store.network_weights(network).items() if path.startswith(below)}

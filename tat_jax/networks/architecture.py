@@ -1,0 +1,28 @@
+"""What a family of networks says of each of its members; the families are the other files of this folder."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from tat_jax.fields import Field
+
+
+class Architecture(NamedTuple):
+    """A network that a config can name.
+
+    Attributes:
+        build: makes it, called as `build(num_classes=…, dtype=…, bn_group=…, rngs=…, **options)`.
+        head: the path of the layer that makes logits of features, as in `fc`.
+        options: the fields of a config that are its own.
+        read_arguments: returns `num_classes` and the options of the network that entries under torchvision's
+            names would fit, as far as they tell.
+        published: the file of its weights that torchvision published; None where there is none.
+    """
+
+    build: Callable[..., nnx.Module]
+    head: str
+    options: Mapping[str, Field]
+    read_arguments: Callable[[Mapping[str, np.ndarray]], dict[str, Any]]
+    published: str | None = None
