@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from tat_jax import fields, losses
 from tat_jax.experiment import FIELDS
+from tat_jax.losses import LOSSES
 
 TAPS = ("layer1", "layer2", "layer3", "layer4")
 
@@ -30,16 +31,15 @@ def base() -> ConfigDict:
 
 def network(architecture: str, weights: str, **options: Any) -> ConfigDict:
     """Return the fields of a network, with the defaults of those that are not said."""
-    entry = fields.defaults(FIELDS["student"])
+    entry = fields.defaults(fields.part(FIELDS, "student"))
     entry.update({"architecture": architecture, "weights": weights, **options})
     return entry
 
 
 def loss(name: str, **options: Any) -> ConfigDict:
     """Return the fields of a loss, as published unless said otherwise; its weight is the experiment's."""
-    of_loss = losses.FIELDS[name]
-    of_term = of_loss.get("*", of_loss)
-    return ConfigDict({option: fields.default(field) for option, field in of_term.items()} | options)
+    said = {option: fields.default(field) for option, field in losses.fields_of(LOSSES[name]).items()}
+    return ConfigDict(said | options)
 
 
 def finish(config: ConfigDict, argument: str) -> ConfigDict:

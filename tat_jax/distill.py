@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tat_jax.batch import Batch
+from tat_jax.batch import Batch, Where
 from tat_jax.losses.loss import Loss
 from tat_jax.networks.view import Outputs, View
 from tat_jax.tasks.task import Task
@@ -71,7 +71,7 @@ class TrainState(NamedTuple):
 
 def init_state(distillation: Distillation, optimizer: optax.GradientTransformation) -> TrainState:
     """Return the state before the first step."""
-    _, params, variables = nnx.split(distillation, nnx.Param, ...)
+    params, variables = nnx.state(distillation, nnx.Param, ...)
     return TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.init(params))
 
 
@@ -116,6 +116,6 @@ def train_step(
     return after, metrics
 
 
-def _mean(value: Array, where: Array) -> Float[Array, ""]:
+def _mean(value: Array, where: Where) -> Float[Array, ""]:
     """Return the mean over the images that count, unless the loss is one number already."""
     return jnp.mean(value, where=where) if value.ndim else value

@@ -14,12 +14,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from tat_jax import checkpoints, experiment, networks, sharding
+from tat_jax import experiment, networks, sharding
 from tat_jax.batch import Batch
 from tat_jax.data.pipeline import Pipeline, open_pipeline
 from tat_jax.metrics import progress
 from tat_jax.tasks import TASKS
 from tat_jax.tasks.task import Task
+from tat_jax.weights import folders
 
 
 class Evaluation(NamedTuple):
@@ -52,7 +53,7 @@ def run(config: ConfigDict, folder: str | Path, which: str) -> Evaluation:
         ValueError: the config is no training's.
     """
     experiment.check(config)
-    choose = {"best": checkpoints.best, "last": checkpoints.last}.get(which)
+    choose = {"best": folders.best, "last": folders.last}.get(which)
     network = networks.restore(choose(Path(folder)) if choose else which, dtype=config.dtype)
     mesh = sharding.make_mesh()
     pipeline = open_pipeline(config, "val", batch_size=sharding.round_up(config.batch_size, mesh))

@@ -111,6 +111,13 @@ def default(field: Field) -> Any:
     return placeholder(field.default) if isinstance(field.default, type) else field.default
 
 
+def part(fields: Fields, name: str) -> Fields:
+    """Return the fields below a name, or below any where that is `*`."""
+    below = fields.get(name, {})
+    assert not isinstance(below, Field)
+    return below
+
+
 def find(fields: Fields, name: str) -> Field | None:
     """Return the field of a dotted name; of a value within a field that holds several, that field."""
     here: Field | Fields | None = fields
@@ -127,14 +134,14 @@ def wrong(fields: Fields, values: Mapping[str, Any], prefix: str = "") -> Iterat
         if name not in values and name != "*":
             yield from (f"{missing} is missing" for missing in _required(field, prefix + name))
     for name, value in values.items():
-        field = fields.get(name, fields.get("*"))
-        if isinstance(field, Field):
-            if not field.rule.holds(value):
-                yield f"{prefix}{name}={value!r}: allowed is {field.rule.allowed}"
-        elif field is not None and isinstance(value, Mapping):
-            yield from wrong(field, value, f"{prefix}{name}.")
-        elif field is not None:
-            yield f"{prefix}{name}={value!r}: it has fields of its own, {', '.join(field)}"
+        found = fields.get(name, fields.get("*"))
+        if isinstance(found, Field):
+            if not found.rule.holds(value):
+                yield f"{prefix}{name}={value!r}: allowed is {found.rule.allowed}"
+        elif found is not None and isinstance(value, Mapping):
+            yield from wrong(found, value, f"{prefix}{name}.")
+        elif found is not None:
+            yield f"{prefix}{name}={value!r}: it has fields of its own, {', '.join(found)}"
         else:
             near = difflib.get_close_matches(name, fields, n=1)
             yield f"{prefix}{name} is no field" + (f"; did you mean {prefix}{near[0]}?" if near else "")

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tat_jax import checkpoints, experiment, quantities, run_folder, sharding
+from tat_jax import experiment, quantities, run_folder, sharding
 from tat_jax.build import Built, all_terms, build, build_student, build_teacher, shapes_of
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.sample import Sample
@@ -24,6 +24,8 @@ from tat_jax.losses import Own
 from tat_jax.networks import Network
 from tat_jax.networks.view import View, watch
 from tat_jax.tasks import TASKS
+from tat_jax.weights import folders
+from tat_jax.weights.store import network_weights
 
 # Whoever has no data does not know how many classes a head has.
 _UNKNOWN_HEAD = "not known without the data, of one class here"
@@ -52,7 +54,7 @@ def describe_folder(config: ConfigDict, folder: Path) -> tuple[str, None]:
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise OSError(f"cannot write in {existing}; choose another --workdir")
-    saved = checkpoints.steps(folder)
+    saved = folders.steps(folder)
     state = f"continues from step {saved[-1]}" if saved else "starts"
     free = quantities.size(shutil.disk_usage(existing).free)
     return "\n".join([f"{folder}: {state}; {free} free", *differences]), None
@@ -89,7 +91,7 @@ def inspect_teacher(
     """Build the teacher likewise, where a term of the loss reads it."""
     network = build_teacher(config, num_classes or 1, own, all_terms(config, losses))
     if network is None:
-        return "none, for no term of the loss needs one", None
+        return "none: no loss term uses the teacher", None
     return describe_network(network, head=network.origin["head"]), network
 
 

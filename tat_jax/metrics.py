@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -37,7 +37,7 @@ class MetricWriter:
         path = folder / "metrics.jsonl"
         kept = [row for row in read_rows(folder) if row["step"] <= step]
         if not evaluated:
-            kept = [row for row in kept if row["step"] < step or "eval/top1" not in row]
+            kept = [row for row in kept if row["step"] < step or not is_evaluation(row)]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         temporary.replace(path)
@@ -107,6 +107,11 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def is_evaluation(row: Mapping[str, Any]) -> bool:
+    """Return whether a row holds what an evaluation measured."""
+    return any(name.startswith("eval/") for name in row)
+
+
 def progress(
     total: int, *, initial: int = 0, description: str, leave: bool = True, show: bool = True
 ) -> tqdm:
@@ -139,6 +144,7 @@ class StepLog:
         writer: takes the mean of `every` steps as a row.
         bar: shows each step.
         every: steps a row.
+        terms: the names of the terms of the loss, which the bar shows and which must be finite.
         describe: says what went into a step, for errors.
         leave_out: how many steps may be not finite.
         position: of a log that is to be continued.
@@ -150,11 +156,13 @@ class StepLog:
         bar: tqdm,
         every: int,
         *,
+        terms: Sequence[str],
         describe: Callable[[int], str],
         leave_out: int = 0,
         position: Mapping[str, Any] | None = None,
     ):
         self._writer, self._bar, self._every = writer, bar, every
+        self._losses = (*terms, "loss")
         self._describe, self._leave_out = describe, leave_out
         self._pending: tuple[int, Mapping[str, Any], int] | None = None
         position = position or {"left_out": 0, "rows": []}
@@ -191,15 +199,15 @@ class StepLog:
         row = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._images += images
         self._bar.update(images)
-        if wrong := _not_finite(row):
+        if wrong := self._not_finite(row):
             self._left_out += 1
             if self._left_out > self._leave_out:
                 raise FloatingPointError(f"{wrong} of step {step}; {self._describe(step)}")
             self._bar.write(f"left out step {step} ({self._left_out} of {self._leave_out}): {wrong}")
         else:
             self._rows.append(row)
-            losses = {name: f"{row[name]:.3g}" for name in row if _is_loss(name)}
-            self._bar.set_postfix(losses, refresh=False)
+            shown = {name: f"{row[name]:.3g}" for name in self._losses}
+            self._bar.set_postfix(shown, refresh=False)
         if (step + 1) % self._every == 0:
             names = row if self._rows else ()
             means = {name: math.fsum(row[name] for row in self._rows) / len(self._rows) for name in names}
@@ -209,12 +217,7 @@ class StepLog:
             self._writer.write(step + 1, {f"train/{name}": value for name, value in means.items()})
             self._rows, self._images, self._since = [], 0, time.monotonic()
 
-
-def _not_finite(row: Row) -> str:
-    """Return the loss terms, the loss and the gradient's norm that are not finite; empty if all are."""
-    names = [name for name in row if _is_loss(name) or name == "gradient_norm"]
-    return ", ".join(f"{name} is {row[name]}" for name in names if not math.isfinite(row[name]))
-
-
-def _is_loss(name: str) -> bool:
-    return name in ("loss", "cross_entropy", "kl") or name.startswith("tat_")
+    def _not_finite(self, row: Row) -> str:
+        """Return the loss, its terms and the gradient's norm that are not finite; empty if all are."""
+        names = [name for name in row if name in self._losses or name == "gradient_norm"]
+        return ", ".join(f"{name} is {row[name]}" for name in names if not math.isfinite(row[name]))

@@ -10,38 +10,45 @@ import pytest
 from flax import nnx
 
 from tat_jax import distill, sharding
-from tat_jax.distill import Batch, Distillation, LossWeights, Task, TatWeight
-from tat_jax.tat import TargetAwareTransformer
+from tat_jax.batch import Batch
+from tat_jax.distill import Distillation, Recipe
+from tat_jax.losses.labels import CrossEntropy
+from tat_jax.losses.logits import KD
+from tat_jax.losses.loss import Loss
+from tat_jax.losses.tat import TargetAwareTransformer
+from tat_jax.networks.view import View
+from tat_jax.tasks.classification import Classification
 from tests.tiny import Tiny
 
-ALL_TERMS = LossWeights(
-    alpha=0.5, beta=0.5, temperature=2.0, tat={"layer1": TatWeight(0.2), "layer2": TatWeight(0.1, heads=2)}
-)
-
 WIDTHS = {"layer1": 4, "layer2": 8}  # of the student's taps; the teacher's are twice as wide
+WEIGHTS = {"cross_entropy": 0.5, "kd": 0.5, "tat_layer1": 0.2, "tat_layer2": 0.1}
+HEADS = {"layer1": 1, "layer2": 2}
 
 
-def make(weights=ALL_TERMS, dtype=jnp.float32, bn_group=None, optimizer=None):
-    """Return a task with a narrow teacher and student, its first state, and the teacher's arrays."""
-    student = Tiny(4, dtype=dtype, bn_group=bn_group, rngs=nnx.Rngs(0))
-    teacher = Tiny(8, dtype=dtype, rngs=nnx.Rngs(1))
-    embeddings = {
-        tap: TargetAwareTransformer(
+def make(weights=WEIGHTS, dtype=jnp.float32, bn_group=None, optimizer=None, **options):
+    """Return a recipe with a narrow teacher and student, its first state, and the teacher's arrays."""
+    losses = {"cross_entropy": CrossEntropy(), "kd": KD(temperature=2.0)}
+    for tap, width in WIDTHS.items():
+        losses[f"tat_{tap}"] = TargetAwareTransformer(
             width,
             2 * width,
-            **{name: value for name, value in tat._asdict().items() if name != "weight"},
+            student_tap=tap,
+            teacher_tap=tap,
+            heads=HEADS[tap],
+            **options,
             dtype=dtype,
             bn_group=bn_group,
             rngs=nnx.Rngs(2),
         )
-        for tap, tat in weights.of_taps().items()
-        for width in (WIDTHS[tap],)
-    }
-    distillation = Distillation(student, embeddings)
+    student = View(Tiny(4, dtype=dtype, bn_group=bn_group, rngs=nnx.Rngs(0)))
+    teacher = View(Tiny(8, dtype=dtype, rngs=nnx.Rngs(1)))
+    distillation = Distillation(student, {name: losses[name] for name in weights})
     optimizer = optimizer or optax.sgd(0.05)
     graph, teacher_state = nnx.split(teacher)
-    task = Task(nnx.graphdef(distillation), graph, True, weights, optimizer, lambda step: 0.05)
-    return task, distill.init_state(distillation, optimizer), teacher_state
+    recipe = Recipe(
+        nnx.graphdef(distillation), graph, True, weights, Classification(), optimizer, lambda step: 0.05
+    )
+    return recipe, distill.init_state(distillation, optimizer), teacher_state
 
 
 def batch_of(size, *, valid=None, seed=0):
@@ -52,8 +59,8 @@ def batch_of(size, *, valid=None, seed=0):
 
 @functools.cache
 def compiled(bn_group=None):
-    task, state, teacher = make(bn_group=bn_group)
-    return jax.jit(functools.partial(distill.train_step, task)), state, teacher
+    recipe, state, teacher = make(bn_group=bn_group)
+    return jax.jit(functools.partial(distill.train_step, recipe)), state, teacher
 
 
 def assert_same_states(a, b, rtol=2e-4, atol=2e-6):
@@ -67,7 +74,7 @@ def test_a_step_trains_student_and_embeddings_and_reports_every_term():
     assert int(after.step) == 1
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, after.params)
     assert all(jax.tree.leaves(moved))
-    expected = 0.5 * metrics["cross_entropy"] + 0.5 * 4 * metrics["kl"]
+    expected = 0.5 * metrics["cross_entropy"] + 0.5 * metrics["kd"]
     expected += 0.2 * metrics["tat_layer1"] + 0.1 * metrics["tat_layer2"]
     assert float(metrics["loss"]) == pytest.approx(float(expected), rel=1e-5)
     assert {"learning_rate", "gradient_norm", "teacher_agreement", "train_top1"} <= metrics.keys()
@@ -88,9 +95,9 @@ def test_steps_on_one_batch_lower_the_loss():
     ids=["published", "trainable key", "per teacher position"],
 )
 def test_the_gradient_to_the_teacher_is_exactly_zero(options):
-    task, state, teacher = make(ALL_TERMS._replace(tat={"layer2": TatWeight(0.1, heads=2, **options)}))
+    recipe, state, teacher = make({"kd": 0.5, "tat_layer2": 0.1}, **options)
     gradient = jax.jit(
-        jax.grad(lambda teacher: distill.train_step(task, state, teacher, batch_of(4))[1]["loss"])
+        jax.grad(lambda teacher: distill.train_step(recipe, state, teacher, batch_of(4))[1]["loss"])
     )(teacher)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
 
@@ -118,58 +125,33 @@ def test_eight_devices_take_the_step_of_one(bn_group):
     assert_same_states(step(*everywhere, spread), step(state, teacher, batch_of(16, valid=13)))
 
 
-def test_terms_of_weight_zero_are_not_computed():
-    weights = LossWeights(1.0, 0.0, 1.0, {"layer2": TatWeight(0.0)})
-    assert not weights.need_teacher()
-    task, state, _ = make(weights)
-    task = task._replace(teacher=None, teacher_has_head=False)
-    _, metrics = jax.jit(functools.partial(distill.train_step, task))(state, None, batch_of(4))
-    assert metrics.keys().isdisjoint({"kl", "tat_layer2", "teacher_agreement"})
+def test_without_a_loss_that_reads_it_there_is_no_teacher():
+    recipe, state, _ = make({"cross_entropy": 1.0})
+    recipe = recipe._replace(teacher=None, teacher_has_head=False)
+    _, metrics = jax.jit(functools.partial(distill.train_step, recipe))(state, None, batch_of(4))
+    assert metrics.keys().isdisjoint({"kd", "tat_layer2", "teacher_agreement"})
     assert float(metrics["loss"]) == float(metrics["cross_entropy"])
 
 
 def test_bfloat16_keeps_parameters_statistics_and_losses_in_float32():
-    task, state, teacher = make(dtype=jnp.bfloat16)
-    after, metrics = jax.jit(functools.partial(distill.train_step, task))(state, teacher, batch_of(4))
-    kept = jax.tree.leaves((after.params, after.batch_stats, metrics))
+    recipe, state, teacher = make(dtype=jnp.bfloat16)
+    after, metrics = jax.jit(functools.partial(distill.train_step, recipe))(state, teacher, batch_of(4))
+    kept = jax.tree.leaves((after.params, after.variables, metrics))
     assert {leaf.dtype for leaf in kept} == {jnp.dtype("float32")}
     reference = compiled()[0](*compiled()[1:], batch_of(4))[1]
     assert float(metrics["loss"]) == pytest.approx(float(reference["loss"]), rel=0.05)
 
 
-def test_evaluation_counts_as_a_stable_sort_does_ties_and_nan_included():
-    class Table(nnx.Module):
-        """Return rows of logits that are written into the image's first channel."""
-
-        def __call__(self, images):
-            return images[:, 0, :, 0]
-
-    rng = np.random.default_rng(0)
-    logits = rng.integers(0, 4, (64, 8)).astype(np.float32)  # many ties
-    logits[-1] = np.nan
-    labels, where = rng.integers(0, 8, 64), np.arange(64) % 5 > 0
-    images = np.broadcast_to(logits[:, None, :, None], (64, 1, 8, 3))
-    counts = distill.eval_step(*nnx.split(Table()), Batch(images, labels, where))
-    order = np.argsort(-logits, axis=1, kind="stable")
-    right = (order == labels[:, None]) & where[:, None] & np.isfinite(logits).all(1)[:, None]
-    assert counts == {"count": where.sum(), "top1": right[:, :1].sum(), "top5": right[:, :5].sum()}
-
-
-def test_uint8_images_are_normalised_and_floats_taken_as_they_are():
-    pixels = jnp.full((1, 1, 1, 3), 255, jnp.uint8)
-    np.testing.assert_allclose(distill.normalize(pixels)[0, 0, 0], [2.2489, 2.4286, 2.64], atol=1e-4)
-    np.testing.assert_array_equal(distill.normalize(jnp.ones((1, 1, 1, 3))), 1)
-
-
 @pytest.mark.parametrize("where", ["image", "gradient"])
 def test_a_step_that_is_no_number_can_be_left_out(where):
-    task, state, teacher = make()
-    step = jax.jit(functools.partial(distill.train_step, task._replace(leave_out_not_finite=True)))
+    recipe, state, teacher = make()
+    step = jax.jit(functools.partial(distill.train_step, recipe._replace(leave_out_not_finite=True)))
     batch = batch_of(8)
     if where == "image":
         batch = batch._replace(image=np.full(batch.image.shape, np.nan, np.float32))
     else:  # A loss that is finite, with a gradient that is not: the square of 1e30 in float32.
-        state.params.student.fc.kernel.set_value(state.params.student.fc.kernel.get_value() * 1e25)
+        kernel = state.params.student.network.fc.kernel
+        kernel.set_value(kernel.get_value() * 1e25)
     after, metrics = step(state, teacher, batch)
     assert not np.isfinite(metrics["gradient_norm"])
     assert np.isfinite(metrics["loss"]) == (where == "gradient")
@@ -179,12 +161,54 @@ def test_a_step_that_is_no_number_can_be_left_out(where):
 
 
 def test_leaving_out_changes_no_step_that_is_finite():
-    task, state, teacher = make()
+    recipe, state, teacher = make()
     batch = batch_of(8)
     left, kept = (
-        jax.jit(functools.partial(distill.train_step, task._replace(leave_out_not_finite=leave_out)))(
+        jax.jit(functools.partial(distill.train_step, recipe._replace(leave_out_not_finite=leave_out)))(
             state, teacher, batch
         )
         for leave_out in (True, False)
     )
     assert_same_states(left, kept, rtol=1e-6, atol=1e-7)
+
+
+def test_a_weight_that_is_a_function_of_the_step_is_taken_at_each_step_and_reported():
+    recipe, state, teacher = make({"cross_entropy": 1.0, "kd": lambda step: 0.25 * step})
+    step = jax.jit(functools.partial(distill.train_step, recipe))
+    for expected in (0.0, 0.25, 0.5):
+        state, metrics = step(state, teacher, batch_of(4))
+        assert metrics["kd_weight"] == expected
+        total = metrics["cross_entropy"] + expected * metrics["kd"]
+        assert float(metrics["loss"]) == pytest.approx(float(total), rel=1e-6)
+        assert "cross_entropy_weight" not in metrics
+
+
+class Memory(nnx.Variable):
+    """What a loss remembers, and does not train."""
+
+
+class Remembering(Loss):
+    """A loss with a state that is no parameter: how many images it has seen."""
+
+    needs_teacher = False
+
+    def __init__(self):
+        self.seen = Memory(jnp.zeros(()))
+
+    def __call__(self, student, teacher, batch, *, train):
+        self.seen.set_value(self.seen.get_value() + batch.where.sum())
+        return jnp.where(batch.where, self.seen.get_value(), jnp.inf)
+
+
+def test_a_loss_keeps_what_is_no_parameter_and_the_optimiser_leaves_it_alone():
+    model = Distillation(View(Tiny(4, rngs=nnx.Rngs(0))), {"mine": Remembering()})
+    optimizer = optax.adamw(0.1)
+    recipe = Recipe(
+        nnx.graphdef(model), None, False, {"mine": 1.0}, Classification(), optimizer, lambda step: 0.1
+    )
+    state = distill.init_state(model, optimizer)
+    step = jax.jit(functools.partial(distill.train_step, recipe))
+    for seen in (3, 6):
+        state, metrics = step(state, None, batch_of(4, valid=3))
+        assert metrics["mine"] == seen
+    assert state.variables["losses"]["mine"]["seen"].get_value() == 6

@@ -7,67 +7,94 @@ import pytest
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from configs import base, digits, r18_r34, r18_r34_ce, r18_r34_kd, r18_r34_scratch, supervised
-from tat_jax import evaluate, fields, study, train
+from tat_jax import evaluate, experiment, fields, study, train
+from tat_jax.configs import base, digits, r18_r34, r18_r34_ce, r18_r34_kd, r18_r34_scratch, supervised
+from tat_jax.losses import LOSSES, terms_of
 
 EXPERIMENTS = [r18_r34, r18_r34_kd, r18_r34_ce, r18_r34_scratch, supervised]
 NAMES = sorted(flatten_dict(base.base().to_dict(), sep="."))
+TEXT = {"weights", "root", "tfds_name", "student_tap", "teacher_tap"}
+NONE = {"bn_group", "clip_norm", "labels_per_class", "image_size", "student_tap", "teacher_tap"}
 # Where 0 means something.
-ZERO = {"seed", "steps_left_out", "checkpoint_minutes", "loss.alpha", "loss.beta", "optimizer.weight_decay"}
-ZERO |= {"optimizer.momentum", "data.threads"}
-ZERO |= {f"tat.layer{i}.{name}" for i in range(1, 5) for name in ("weight", "embedding_kernel")}
-TEXT = {"student.weights", "teacher.weights", "data.root", "data.tfds_name"}
-NONE = {"bn_group", "loss.beta", "optimizer.clip_norm", "data.labels_per_class"}
+ZERO = {"seed", "steps_left_out", "checkpoint_minutes", "weight", "embedding_kernel", "weight_decay"}
+ZERO |= {"momentum", "warmup_epochs", "minimum_rate", "threads"}
+
+
+def last(name):
+    return name.rsplit(".")[-1]
 
 
 def changed(name, value):
     """Return a config with another value in a field, as a file of one's own could have it."""
     config = base.base().to_dict()
-    *path, last = name.split(".")
-    functools.reduce(dict.__getitem__, path, config)[last] = value
+    *path, end = name.split(".")
+    functools.reduce(dict.__getitem__, path, config)[end] = value
     return ConfigDict(config)
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("module", EXPERIMENTS)
 @pytest.mark.parametrize("argument", ["", "smoke"])
-def test_every_config_passes(experiment, argument):
-    fields.check(experiment.get_config(argument))
+def test_every_config_passes(module, argument):
+    experiment.check(module.get_config(argument))
 
 
-def test_every_field_has_a_rule():
-    assert {fields._pattern(name) for name in NAMES} == set(fields.RULES)
+def test_every_field_of_the_base_is_declared_and_says_what_it_means():
+    for name in NAMES:
+        assert fields.find(experiment.FIELDS, name).meaning
+
+
+def test_every_loss_can_be_switched_on_in_every_config():
+    for module in EXPERIMENTS:
+        for name, loss in LOSSES.items():
+            config = module.get_config()
+            entry = config.losses[name]
+            (entry.layer3 if loss.compares_taps else entry).weight = 0.1
+            experiment.check(config)
+            switched_on = f"{name}_layer3" if loss.compares_taps else name
+            assert switched_on in [term.name for term in terms_of(config.losses)]
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [-1, -0.5, math.nan, math.inf, "", [], [1, 2, 3], ("a", "b"), (2, 1), 1j])
 def test_what_no_field_may_be_is_refused_with_its_name_and_value(name, value):
-    if name == "optimizer.milestones" and value in ([], [1, 2, 3]):
-        fields.check(changed(name, value))
+    if (last(name), value) in [("milestones", []), ("milestones", [1, 2, 3]), ("rates", [])] or (
+        last(name) in ("mean", "std") and value == [1, 2, 3]
+    ):
+        experiment.check(changed(name, value))
         return
     with pytest.raises(ValueError, match="allowed is") as error:
-        fields.check(changed(name, value))
+        experiment.check(changed(name, value))
     assert f"{name}={value!r}" in str(error.value)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_zero_none_and_yes_are_taken_where_they_mean_something_only(name):
     taken = {
-        0: name in ZERO,
-        None: name in NONE,
-        "x": name in TEXT,
+        0: last(name) in ZERO,
+        None: last(name) in NONE and name != "data.image_size",
+        "x": last(name) in TEXT,
         True: isinstance(flatten_dict(base.base().to_dict(), sep=".")[name], bool),
     }
     for value, accepted in taken.items():
         if accepted:
-            fields.check(changed(name, value))
+            experiment.check(changed(name, value))
         else:
             with pytest.raises(ValueError, match="allowed is"):
-                fields.check(changed(name, value))
+                experiment.check(changed(name, value))
 
 
-def test_an_unknown_field_comes_with_the_one_that_may_be_meant():
-    with pytest.raises(ValueError, match=r"optimizer.learning_rat is no field; did you mean optimizer.learn"):
-        fields.check(changed("optimizer.learning_rat", 0.1))
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("optimizer.learning_rat", "optimizer.learning_rate"),
+        ("losses.kd.temprature", "losses.kd.temperature"),
+        ("losses.tat.layer4.wieght", "losses.tat.layer4.weight"),
+        ("losses.kdd", "losses.kd"),
+    ],
+)
+def test_an_unknown_field_comes_with_the_one_that_may_be_meant(name, meant):
+    with pytest.raises(ValueError, match=rf"{name} is no field; did you mean {meant}\?"):
+        experiment.check(changed(name, 0.1))
 
 
 def test_a_missing_field_is_named():
@@ -75,13 +102,24 @@ def test_a_missing_field_is_named():
     with config.unlocked():
         del config.data.flip
     with pytest.raises(ValueError, match=r"data.flip is missing"):
-        fields.check(config)
+        experiment.check(config)
+
+
+def test_a_value_in_the_place_of_several_fields_is_named():
+    with pytest.raises(ValueError, match=r"optimizer='adamw': it has fields of its own, name, "):
+        experiment.check(changed("optimizer", "adamw"))
+
+
+def test_options_of_a_loss_that_are_not_said_are_its_defaults():
+    config = base.base().to_dict()
+    config["losses"] = {"tat": {"layer3": {"weight": 0.1}}}
+    experiment.check(ConfigDict(config))
 
 
 def test_nothing_is_written_before_every_run_of_a_study_has_been_checked(tmp_path):
     config = digits.get_config("smoke")
-    config.study.students = {"kd": {"loss": {"temperature": -1.0}}}
-    with pytest.raises(ValueError, match=r"loss.temperature=-1.0: allowed is a number greater than 0"):
+    config.study.students = {"kd": {"losses": {"kd": {"temperature": -1.0}}}}
+    with pytest.raises(ValueError, match=r"losses.kd.temperature=-1.0: allowed is a number greater than 0"):
         study.run(config, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tat_jax import sharding
 from tat_jax.batch import Batch
-from tat_jax.losses import tat, tat_blocks, tat_loss, target_aware_attention
+from tat_jax.losses import target_aware_attention, tat, tat_blocks, tat_loss
 from tat_jax.losses.tat import TargetAwareTransformer
 from tat_jax.networks.view import Outputs
 

@@ -69,16 +69,20 @@ class Term(NamedTuple):
 Own = Mapping[str, tuple[Any, Loss | Callable[[Outputs, Outputs, Batch], Value]]]
 
 
-def _fields(loss: type[Loss]) -> Fields:
+def fields_of(loss: type[Loss]) -> dict[str, Field]:
+    """Return the fields of a term of the loss: its weight and its options."""
+
     def may_change(before: Any, after: Any) -> bool:
         return not loss.has_parameters or is_zero(before) == is_zero(after)
 
     weight = Field(0.0, WEIGHT, f"of {loss.name} in the sum of the losses", may_change, optional=True)
-    fields: Fields = {"weight": weight, **loss.options}
-    return {"*": fields} if loss.compares_taps else fields
+    return {"weight": weight, **loss.options}
 
 
-FIELDS: Fields = {name: _fields(loss) for name, loss in sorted(LOSSES.items())}
+FIELDS: Fields = {
+    name: {"*": fields_of(loss)} if loss.compares_taps else fields_of(loss)
+    for name, loss in sorted(LOSSES.items())
+}
 
 
 def terms_of(config: ConfigDict) -> list[Term]:

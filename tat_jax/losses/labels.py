@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from tat_jax.batch import Batch
-from tat_jax.losses.loss import Loss
+from tat_jax.losses.loss import Loss, labels_of, logits_of
 from tat_jax.networks.layers import at_least_float32
 from tat_jax.networks.view import Outputs
 
@@ -52,4 +52,4 @@ class CrossEntropy(Loss):
         self, student: Outputs, teacher: Outputs, batch: Batch, *, train: bool
     ) -> Float[Array, " batch"]:
         """Return −log softmax(logits)[label] of each image."""
-        return cross_entropies(student.logits, batch.label)
+        return cross_entropies(logits_of(student), labels_of(batch))

@@ -3,6 +3,7 @@
 Logits are `[batch, classes]`; computed in float32 at least. `where` names the images that count.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -10,9 +11,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from tat_jax.batch import Batch
-from tat_jax.fields import POSITIVE, Field, Fields
+from tat_jax.fields import POSITIVE, Field
 from tat_jax.losses.labels import cross_entropy
-from tat_jax.losses.loss import Loss
+from tat_jax.losses.loss import Loss, logits_of
 from tat_jax.networks.layers import at_least_float32
 from tat_jax.networks.view import Outputs
 
@@ -94,7 +95,7 @@ class KD(Loss):
     """T²·KL(teacher ‖ student), so that its weight is Hinton's β."""
 
     name: ClassVar[str] = "kd"
-    options: ClassVar[Fields] = {
+    options: ClassVar[Mapping[str, Field]] = {
         "temperature": Field(1.0, POSITIVE, "T, by which logits are divided", may_change=True, optional=True)
     }
     needs_logits: ClassVar[bool] = True
@@ -106,5 +107,5 @@ class KD(Loss):
         self, student: Outputs, teacher: Outputs, batch: Batch, *, train: bool
     ) -> Float[Array, " batch"]:
         """Return T²·KL(teacher ‖ student) of each image."""
-        divergences = kl_divergences(student.logits, teacher.logits, temperature=self.temperature)
-        return self.temperature**2 * divergences
+        logits = logits_of(student), logits_of(teacher)
+        return self.temperature**2 * kl_divergences(*logits, temperature=self.temperature)

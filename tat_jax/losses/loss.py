@@ -1,13 +1,14 @@
 """What a loss is: a module that compares what two networks say of a batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from tat_jax.batch import Batch
-from tat_jax.fields import TEXT, Field, Fields, or_none
+from tat_jax.fields import TEXT, Field, or_none
 from tat_jax.networks.view import Outputs
 
 Value = Float[Array, ""] | Float[Array, " batch"]
@@ -31,7 +32,7 @@ class Loss(nnx.Module):
     """
 
     name: ClassVar[str]
-    options: ClassVar[Fields] = {}
+    options: ClassVar[Mapping[str, Field]] = {}
     compares_taps: ClassVar[bool] = False
     has_parameters: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
@@ -72,10 +73,32 @@ class Loss(nnx.Module):
         raise NotImplementedError
 
 
-TAPS: Fields = {
+TAPS: Mapping[str, Field] = {
     "student_tap": Field(str, or_none(TEXT), "tap of the student; None: the name of the term", optional=True),
     "teacher_tap": Field(str, or_none(TEXT), "tap of the teacher; None: the name of the term", optional=True),
 }
+
+
+def logits_of(outputs: Outputs) -> Array:
+    """Return the logits of a network.
+
+    Raises:
+        ValueError: it has no head.
+    """
+    if outputs.logits is None:
+        raise ValueError("a loss compares logits, and the network gives none; set its weight to 0")
+    return outputs.logits
+
+
+def labels_of(batch: Batch) -> Array:
+    """Return the labels of a batch.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if batch.label is None:
+        raise ValueError("a loss reads labels, and the data has none; set its weight to 0")
+    return jnp.asarray(batch.label)
 
 
 class FunctionLoss(Loss):

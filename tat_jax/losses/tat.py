@@ -4,6 +4,7 @@ Knowledge Distillation via the Target-aware Transformer, Lin et al., CVPR 2022, 
 `[batch, height, width, channels]`. Softmax and loss are computed in float32 at least.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import jax
@@ -13,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float
 
 from tat_jax.batch import Batch
-from tat_jax.fields import YES_OR_NO, Field, Fields, one_of, whole
+from tat_jax.fields import YES_OR_NO, Field, one_of, whole
 from tat_jax.losses.loss import TAPS, Loss
 from tat_jax.losses.tat_blocks import SCORES, dot, errors_in_blocks
 from tat_jax.networks.layers import BatchNorm, conv, torch_uniform
@@ -159,7 +160,7 @@ class TargetAwareTransformer(Loss):
     name: ClassVar[str] = "tat"
     compares_taps: ClassVar[bool] = True
     has_parameters: ClassVar[bool] = True
-    options: ClassVar[Fields] = {
+    options: ClassVar[Mapping[str, Field]] = {
         **TAPS,
         "heads": Field(1, whole(1), "attention heads", optional=True),
         "embedding_kernel": Field(

@@ -1,0 +1,291 @@
+"""The checkpoints of a run, through Orbax.
+
+A checkpoint is a folder of items. `student` and `network` are the student as any network on disk, see
+`weights.store`. `training` (optimiser, what the losses hold, step) and `data` (the position in data and log)
+let a run continue. A teacher is never saved. `data` holds the SHA-256 of the arrays of `training`.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from tat_jax.distill import TrainState
+from tat_jax.weights import folders
+from tat_jax.weights.orbax_quiet import abandoned_unheard, reason, try_to_read
+from tat_jax.weights.store import (
+    StoredNetwork,
+    Weights,
+    check_digest,
+    digest,
+    flatten,
+    network_items,
+    read_sealed,
+    seal,
+    unflatten,
+)
+
+_STUDENT = "student.network."  # where the student lies in what is trained
+# Of the names under which parameters are saved; checkpoints of before have none, see `_as_before`.
+_LAYOUT = 2
+
+
+class Restored(NamedTuple):
+    """What a run continues from.
+
+    Attributes:
+        state: what is trained.
+        position: in the data and in the log, as it was saved.
+        set_aside: of each checkpoint that could not be read why, and where it is now.
+    """
+
+    state: TrainState
+    position: dict[str, Any]
+    set_aside: list[str]
+
+
+class RunCheckpoints:
+    """The checkpoints of one training run: the two latest, and the one whose evaluation was best.
+
+    Saving is asynchronous: it returns when the arrays are copied, and a checkpoint counts once it is whole.
+    What a kill leaves half-written is never read, and removed when the next one is saved.
+
+    Args:
+        folder: the run's folder; checkpoints lie in `folder/checkpoints/<step>`.
+    """
+
+    def __init__(self, folder: Path):
+        self._run = folder
+        self._open = contextlib.ExitStack()
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        # Opened after `restore` has set aside what it could not read.
+        return ocp.CheckpointManager(
+            folders.checkpoints(self._run).absolute(),
+            options=ocp.CheckpointManagerOptions(
+                best_fn=folders.first,
+                preservation_policy=AnyPreservationPolicy(
+                    # Two, so that there is another one where the latest turns out to be damaged.
+                    [
+                        LatestN(2),
+                        BestN(n=1, get_metric_fn=folders.first, keep_checkpoints_without_metrics=False),
+                    ]
+                ),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def __enter__(self) -> Self:
+        self._open.enter_context(abandoned_unheard("Event loop is closed"))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        lost = isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
+        with self._open:
+            if lost or "_manager" not in self.__dict__:
+                return  # a process that is gone would be waited for
+            try:
+                self._manager.close()
+            except Exception as failure:  # Orbax raises whatever its storage layers raise.
+                if error is None:
+                    raise self._not_saved(failure) from failure
+
+    def save(
+        self,
+        state: TrainState,
+        *,
+        arguments: dict[str, Any],
+        position: dict[str, Any],
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Save a state; one that was saved without `metrics` before may be saved with them.
+
+        Args:
+            state: what is trained. Its student counts as one with a trained head.
+            arguments: what builds the student, as `networks.Network` has them.
+            position: in the data and in the log.
+            metrics: of its evaluation, if there was one; the first says which is the best.
+
+        Raises:
+            OSError: this checkpoint, or the one before, could not be written.
+        """
+        step = int(state.step)
+        origin = {"head": "trained", "source": f"step {step}"}
+        said = {
+            "position": position,
+            "metrics": metrics,
+            "layout": _LAYOUT,
+            "arrays": digest(_training(state)),
+        }
+        try:
+            if step in self._manager.all_steps():
+                self._manager.delete(step)
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **network_items(StoredNetwork(_student(state), arguments, origin)),
+                    training=ocp.args.StandardSave(_training(state)),
+                    data=ocp.args.JsonSave(seal(said)),
+                ),
+                metrics=metrics,
+            )
+        except Exception as failure:  # Orbax raises whatever its storage layers raise.
+            raise self._not_saved(failure) from failure
+
+    def check(self) -> None:
+        """Raise an OSError if a checkpoint could not be written since the last call."""
+        try:
+            self._manager.check_for_errors()
+        except Exception as failure:  # Orbax raises whatever its storage layers raise.
+            raise self._not_saved(failure) from failure
+
+    def _not_saved(self, failure: Exception) -> OSError:
+        whole = folders.steps(self._run)
+        kept = f"the checkpoint of step {whole[-1]} is kept" if whole else "there is none before it"
+        return OSError(
+            f"cannot save a checkpoint in {folders.checkpoints(self._run)}: {reason(failure)}; {kept}. "
+            "Where the disk is full, make room, and run the same command again"
+        )
+
+    def latest_step(self) -> int | None:
+        """Wait for what is being written, and return the step of the newest checkpoint, if there is one."""
+        self._manager.wait_until_finished()
+        return max(folders.steps(self._run), default=None)
+
+    def restore(self, like: TrainState) -> Restored | None:
+        """Return the latest state that can be read, or None if nothing is saved.
+
+        What cannot be read moves to `damaged/` in the run's folder, and the checkpoint before it is taken.
+
+        Args:
+            like: a state of the same shapes, types and shardings.
+
+        Raises:
+            ValueError: there are checkpoints, and none is of this training and can be read; or each process
+                finds others. None is moved.
+        """
+        wrong: dict[int, str] = {}
+        found = None
+        there = folders.steps(self._run)
+        self._agree(there[-1] if there else 0)
+        for step in reversed(there):
+            folder = folders.checkpoints(self._run) / str(step)
+            _, why = try_to_read(folders.read_evaluation, folder)
+            if not why and found is None:
+                found, why = try_to_read(_read_training, folder, like)
+            if why:
+                wrong[step] = why
+        if wrong and found is None:
+            lines = [
+                f"  {folders.checkpoints(self._run) / str(step)}: {reason}" for step, reason in wrong.items()
+            ]
+            raise ValueError(
+                "\n".join(["no checkpoint can be continued from; another --workdir starts anew:", *lines])
+            )
+        self._agree(int(found[0].step) if found else 0)
+        return Restored(*found, [self._set_aside(*item) for item in wrong.items()]) if found else None
+
+    def _agree(self, step: int) -> None:
+        """Raise a ValueError unless all processes say the same."""
+        if jax.process_count() > 1:
+            found = multihost_utils.process_allgather(np.array(step)).tolist()
+            if len(set(found)) > 1:
+                raise ValueError(f"processes find other checkpoints in {self._run}; its disk must be shared")
+
+    def _set_aside(self, step: int, reason: str) -> str:
+        """Move a checkpoint out of the way of those that follow, and return what to say of it."""
+        place = self._run / "damaged" / str(step)
+        while place.exists():
+            place = place.with_name(f"{place.name}_")
+        if jax.process_index() == 0:
+            place.parent.mkdir(exist_ok=True)
+            (folders.checkpoints(self._run) / str(step)).rename(place)
+        multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
+        return f"the checkpoint of step {step} cannot be read ({reason}) and is now in {place}"
+
+
+def _read_training(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """Read the state of a checkpoint, and the position that belongs to it."""
+    said, of_student = read_sealed(folder / "data"), read_sealed(folder / "network")
+    is_before = "layout" not in said
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _training(like))
+    with ocp.StandardCheckpointer() as checkpointer:
+        student = checkpointer.restore(
+            folder.absolute() / "student", jax.tree.map(ocp.utils.to_shape_dtype_struct, _student(like))
+        )
+        training = checkpointer.restore(
+            folder.absolute() / "training", _renamed(abstract, _as_before) if is_before else abstract
+        )
+    check_digest(student, of_student["arrays"])
+    check_digest(training, said["arrays"])
+    training = _renamed(training, _as_now) if is_before else training
+    trained = {f"{_STUDENT}{path}": value for path, value in student.items()} | training["embeddings"]
+    params, variables = (unflatten(trained, state) for state in (like.params, like.variables))
+    return TrainState(training["step"], params, variables, training["opt_state"]), said["position"]
+
+
+def _student(state: TrainState) -> Weights:
+    """Return parameters and running statistics of the student under its own names."""
+    statistics = nnx.filter_state(state.variables, nnx.BatchStat)
+    trained = flatten(state.params) | flatten(statistics)
+    return {
+        path.removeprefix(_STUDENT): value for path, value in trained.items() if path.startswith(_STUDENT)
+    }
+
+
+def _training(state: TrainState) -> dict[str, Any]:
+    """Return all of a state that is not the student: what the losses hold, random streams, the optimiser."""
+    student = _student(state)
+    trained = flatten(state.params) | flatten(state.variables)
+    others = {path: value for path, value in trained.items() if path.removeprefix(_STUDENT) not in student}
+    return {"step": state.step, "embeddings": others, "opt_state": state.opt_state}
+
+
+Route = tuple[Any, ...]
+
+
+def _renamed(training: dict[str, Any], rename: Callable[[Route], Route]) -> dict[str, Any]:
+    """Return the item `training` with other paths of what is trained, in its embeddings and its moments."""
+
+    def rename_state(node: Any) -> Any:
+        if not isinstance(node, nnx.State):
+            return node
+        return nnx.from_flat_state([(rename(path), leaf) for path, leaf in nnx.to_flat_state(node)])
+
+    embeddings = {".".join(rename(tuple(k.split(".")))): v for k, v in training["embeddings"].items()}
+    moments = jax.tree.map(
+        rename_state, training["opt_state"], is_leaf=lambda node: isinstance(node, nnx.State)
+    )
+    return training | {"embeddings": embeddings, "opt_state": moments}
+
+
+def _as_before(path: Route) -> Route:
+    """Return the path of before losses were a list: `tat.layer4.query` for `losses.tat_layer4.query`."""
+    match path:
+        case ("student", "network", *rest):
+            return ("student", *rest)
+        case ("losses", str(name), *rest):
+            return (*name.split("_", 1), *rest)
+    return path
+
+
+def _as_now(path: Route) -> Route:
+    """Return the path of a parameter that had this one before."""
+    match path:
+        case ("student", *rest):
+            return ("student", "network", *rest)
+        case (loss, tap, *rest):
+            return ("losses", f"{loss}_{tap}", *rest)
+    return path

@@ -1,0 +1,175 @@
+"""A run's folder: one run at a time works in it, and its config says what may continue there."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from tat_jax.fields import Field, Fields, defaults, find
+from tat_jax.losses import kd_weights
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[Callable[[], None]]:
+    """Make the run's folder, keep other runs out of it, and yield a check that it is still there.
+
+    Raises:
+        OSError: it cannot be written, its disk is full, or it was moved or deleted.
+        ValueError: another run is at work in it.
+    """
+    try:
+        with _lock(folder) if jax.process_index() == 0 else contextlib.nullcontext(lambda: True) as is_there:
+
+            def check_is_there() -> None:
+                if not is_there():
+                    raise OSError(
+                        f"{folder} was moved or deleted while its run was at work: nothing more is saved"
+                    )
+
+            try:
+                yield check_is_there
+            except OSError:
+                check_is_there()
+                raise
+    except OSError as error:
+        # What comes of writing to an open file does not name it.
+        is_of_folder = error.filename is None or str(error.filename).startswith(str(folder))
+        is_of_writing = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
+        if not (is_of_folder and is_of_writing):
+            raise
+        raise OSError(
+            f"cannot write in {folder}: {error.strerror}; make room there, and run the same command again, "
+            "or choose another --workdir"
+        ) from error
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[Callable[[], bool]]:
+    """Make and lock a folder, and yield whether its path still leads to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is at work in {folder}; choose another --workdir") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # not every disk has locks
+                raise
+        locked = os.open(folder, os.O_RDONLY)
+
+        def is_there() -> bool:
+            try:
+                return os.path.samestat(os.fstat(locked), folder.stat())
+            except OSError:
+                return False
+
+        try:
+            yield is_there
+        finally:
+            if not is_there():
+                _remove_remade(folder)
+            os.close(locked)
+
+
+def _remove_remade(folder: Path) -> None:
+    """Remove what Orbax made anew of a folder that was moved while it saved; a run would continue from it."""
+    for _ in range(10):  # two seconds, in which the writes that it abandoned come to their end
+        if folder.is_dir() and [path.name for path in folder.iterdir()] == ["checkpoints"]:
+            shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.2)
+
+
+def changes(config: ConfigDict, folder: Path, fields: Fields) -> list[str]:
+    """Return how the config differs from the one that lies in the run's folder, a line each.
+
+    Raises:
+        ValueError: the run cannot continue with it; every field that hinders is named.
+    """
+    kept = read_config(folder, fields)
+    if kept is None:
+        return []
+    old, now = (_flat(json.loads(c.to_json()), fields) for c in (kept, config))
+    taken: list[str] = []
+    refused: list[str] = []
+    for name in sorted(old.keys() | now.keys()):
+        before, after = old.get(name), now.get(name)
+        if before != after:
+            line = f"{name}: {before} there, {after} now"
+            (taken if _may_change(find(fields, name), before, after) else refused).append(line)
+    if refused:
+        head = f"{folder} holds a run of another config; choose another --workdir:"
+        raise ValueError("\n  ".join([head, *refused]))
+    return taken
+
+
+def _flat(values: Mapping[str, Any], fields: Fields, prefix: str = "") -> dict[str, Any]:
+    """Return the value of each field by its dotted name; one that holds a mapping stays whole."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and find(fields, prefix + name) is None:
+            flat |= _flat(value, fields, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _may_change(field: Field | None, before: Any, after: Any) -> bool:
+    may_change = field is not None and field.may_change
+    return may_change if isinstance(may_change, bool) else may_change(before, after)
+
+
+def read_config(folder: Path, fields: Fields) -> ConfigDict | None:
+    """Return the config with which the run in a folder was trained last; None where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        return None
+    try:
+        said = json.loads(path.read_text())
+        return _with_losses(said, fields) if "losses" not in said else ConfigDict(said)
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise ValueError(
+            f"{path} is damaged; remove it, and the run continues with the config at hand"
+        ) from None
+
+
+def _with_losses(said: dict[str, Any], fields: Fields) -> ConfigDict:
+    """Return the config of a run of before losses were a list: `loss` and `tat` said then what they were."""
+    loss, tat = said.pop("loss"), said.pop("tat")
+    config = defaults(fields)
+    # What was written then lacks what came later, and None stands for values of any type.
+    with config.ignore_type():
+        config.update(said)
+    alpha, temperature = loss["alpha"], loss["temperature"]
+    cross_entropy, kl = kd_weights(alpha, loss["beta"], temperature)
+    config.losses = {
+        "cross_entropy": {"weight": cross_entropy},
+        "kd": {"weight": kl / temperature**2, "temperature": temperature},
+        "tat": {tap: {"student_tap": None, "teacher_tap": None, **options} for tap, options in tat.items()},
+    }
+    return config
+
+
+def write_config(config: ConfigDict, folder: Path, step: int, *, changed: bool) -> None:
+    """Write the config into the run's folder, and keep one with which the run came to `step`."""
+    if jax.process_index() != 0:
+        return
+    path = folder / "config.json"
+    if changed:
+        (folder / f"config_until_step{step}.json").write_text(path.read_text())
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+    temporary.replace(path)  # at once, for other processes may be reading

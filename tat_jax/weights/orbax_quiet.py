@@ -1,0 +1,52 @@
+"""What keeps Orbax silent about reads and writes that fail.
+
+Beside one that fails, Orbax abandons others that are under way. What they raise then has nobody to be raised
+to, so that Python and asyncio print a stack trace of each. The failure itself is raised, and told in a line.
+"""
+
+import contextlib
+import gc
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def try_to_read(read: Callable[..., T], *arguments: Any) -> tuple[T | None, str]:
+    """Return what a function returns, and why it did not where it raised."""
+    with abandoned_unheard(""):
+        try:
+            return read(*arguments), ""
+        except Exception as error:  # Orbax raises whatever its storage layers raise.
+            return None, reason(error)
+
+
+@contextlib.contextmanager
+def abandoned_unheard(said: str) -> Iterator[None]:
+    """Print no stack trace of each read and write that Orbax abandons beside one that fails.
+
+    Args:
+        said: how what Python says of one begins; all begins with "".
+    """
+    hook, log = sys.unraisablehook, logging.getLogger("asyncio")
+    disabled, log.disabled = log.disabled, True
+
+    def unless_abandoned(raised: "sys.UnraisableHookArgs") -> None:
+        if not str(raised.exc_value).startswith(said):
+            hook(raised)
+
+    sys.unraisablehook = unless_abandoned
+    try:
+        yield
+    finally:
+        gc.collect()
+        sys.unraisablehook, log.disabled = hook, disabled
+
+
+def reason(error: BaseException) -> str:
+    """Return what the first cause of an error says, without the places in source files that libraries add."""
+    while error.__cause__:
+        error = error.__cause__
+    return str(error).strip().split("\n")[0].split(" [")[0] or type(error).__name__

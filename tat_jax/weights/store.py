@@ -1,0 +1,184 @@
+"""Networks on disk, through Orbax.
+
+A network is a folder of two items: `student`, its weights under the model's own attribute paths, and
+`network`, the arguments that build it and where it came from. That is all an evaluation reads, all a folder
+of converted weights holds, and a part of each checkpoint of a run. `network` holds the SHA-256 of the
+weights, and of what it says itself, so that one changed bit is seen when it is read.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from tat_jax.weights.orbax_quiet import try_to_read
+
+Weights = dict[str, Any]
+_NAMED = 30  # entries in an error
+
+
+class StoredNetwork(NamedTuple):
+    """A network as read from disk.
+
+    Attributes:
+        weights: arrays by attribute path, as in `layer1.0.conv1.kernel`.
+        arguments: what builds the network, as `networks.Network` has them.
+        origin: where the weights came from, with `head`: "trained", or "fresh" if its logits mean nothing.
+    """
+
+    weights: Weights
+    arguments: dict[str, Any]
+    origin: dict[str, str]
+
+
+def flatten(state: nnx.State) -> Weights:
+    """Return the arrays of `state` by attribute path, as in `layer1.0.conv1.kernel`."""
+    return {".".join(map(str, path)): _raw(leaf.get_value()) for path, leaf in nnx.to_flat_state(state)}
+
+
+def unflatten(weights: Mapping[str, Any], like: nnx.State) -> nnx.State:
+    """Return `like` with its arrays replaced by those of the same paths in `weights`."""
+    flat = []
+    for path, leaf in nnx.to_flat_state(like):
+        array = weights[".".join(map(str, path))]
+        is_key = jax.numpy.issubdtype(leaf.get_value().dtype, jax.dtypes.prng_key)
+        flat.append((path, leaf.replace(jax.random.wrap_key_data(array) if is_key else array)))
+    return nnx.from_flat_state(flat)
+
+
+def _raw(value: Any) -> Any:
+    """Return an array as it is saved: of a random key, its numbers."""
+    is_key = jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(value) if is_key else value
+
+
+def network_weights(model: nnx.Module) -> Weights:
+    """Return parameters and running statistics of `model` by attribute path."""
+    return flatten(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
+
+
+def set_weights(model: nnx.Module, weights: Mapping[str, Any], *, source: str) -> None:
+    """Write `weights` into `model`, in the model's own types.
+
+    Raises:
+        ValueError: entries are missing, extra or of another shape; each is named, and nothing is written.
+    """
+    state = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
+    own = flatten(state)
+    check_entries(
+        {name: np.shape(value) for name, value in weights.items()},
+        {name: value.shape for name, value in own.items()},
+        source=source,
+    )
+    cast = {name: jax.numpy.asarray(weights[name], value.dtype) for name, value in own.items()}
+    nnx.update(model, unflatten(cast, state))
+
+
+def check_entries(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], *, source: str
+) -> None:
+    """Raise a ValueError that names the entries of `found` that are missing, extra or of another shape."""
+    lines = [f"  missing: {name} {expected[name]}" for name in sorted(expected) if name not in found]
+    lines += [f"  extra: {name} {found[name]}" for name in sorted(found) if name not in expected]
+    lines += [
+        f"  wrong shape: {name} is {found[name]}, the network has {expected[name]}"
+        for name in sorted(expected)
+        if name in found and tuple(found[name]) != tuple(expected[name])
+    ]
+    if lines:
+        more = [f"  and {len(lines) - _NAMED} more"] if len(lines) > _NAMED else []
+        raise ValueError("\n".join([f"{source} does not hold this network:", *lines[:_NAMED], *more]))
+
+
+def save_network(folder: Path, network: StoredNetwork) -> None:
+    """Write a network alone, as the conversion of published weights does.
+
+    Raises:
+        FileExistsError: `folder` exists; nothing is overwritten.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already; remove it or name another folder")
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(folder, network_items(network))
+
+
+def network_items(network: StoredNetwork) -> ocp.args.Composite:
+    """Return the two items of a network as Orbax saves them."""
+    said = {"arguments": network.arguments, "origin": network.origin, "arrays": digest(network.weights)}
+    return ocp.args.Composite(
+        student=ocp.args.StandardSave(network.weights), network=ocp.args.JsonSave(seal(said))
+    )
+
+
+def load_network(folder: Path) -> StoredNetwork:
+    """Read the network of a checkpoint or of converted weights onto the host.
+
+    Raises:
+        FileNotFoundError: there is none in `folder`.
+        ValueError: what is there cannot be read.
+    """
+    folder = Path(folder).absolute()
+    if not (folder / "student").is_dir() or not (folder / "network").is_dir():
+        raise FileNotFoundError(f"no network in {folder} (it would hold the folders student and network)")
+    network, wrong = try_to_read(_read_network, folder)
+    if network is None:
+        raise ValueError(f"cannot read the network in {folder}: {wrong}")
+    return network
+
+
+def _read_network(folder: Path) -> StoredNetwork:
+    said = read_sealed(folder / "network")
+    weights = dict(load_item(folder / "student"))
+    check_digest(weights, said["arrays"])
+    return StoredNetwork(weights, said["arguments"], said["origin"])
+
+
+def load_item(folder: Path) -> Any:
+    """Read the arrays of one item of a checkpoint onto the host."""
+    folder = Path(folder).absolute()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.metadata(folder).item_metadata.tree
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(folder, ocp.args.PyTreeRestore(restore_args=on_host))
+
+
+def seal(said: dict[str, Any]) -> dict[str, Any]:
+    """Add to what a JSON item says the SHA-256 of it."""
+    text = json.dumps(said, sort_keys=True)
+    return {**said, "seal": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def read_sealed(folder: Path) -> dict[str, Any]:
+    """Read a JSON item.
+
+    Raises:
+        ValueError: it does not say what was written.
+    """
+    said = ocp.JsonCheckpointHandler().restore(folder.absolute())
+    found = said.pop("seal") if isinstance(said, dict) and "seal" in said else None
+    if found is None or found != seal(said)["seal"]:
+        raise ValueError(f"{folder.name} does not say what was written")
+    return said
+
+
+def digest(arrays: Any) -> str:
+    """Return the SHA-256 of a tree of arrays: of their paths, types, shapes and numbers."""
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape} ".encode())
+        sha.update(array.reshape(-1).view(np.uint8))
+    return sha.hexdigest()
+
+
+def check_digest(arrays: Any, expected: str) -> None:
+    """Raise a ValueError unless the arrays have this digest."""
+    if digest(arrays) != expected:
+        raise ValueError("its arrays are not those that were written")
