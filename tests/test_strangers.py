@@ -13,9 +13,9 @@ from PIL import Image
 
 from proofs.photographs import photographs
 from proofs.torture import hostile_images, hostile_weights, packing, strangers, watch
-from tat_jax.convert import convert_entries
 from tat_jax.data.transforms import DecodeError, decode
-from tat_jax.torch_file import read_entries
+from tat_jax.weights.names import convert_entries
+from tat_jax.weights.torch_file import read_entries
 from tests.images import encode, photograph
 
 

@@ -37,8 +37,8 @@ def command(path: Path) -> str:
 
 def weights(path: Path) -> str:
     """Try a weight file as the command does, short of writing."""
-    from tat_jax.convert import convert_entries
-    from tat_jax.torch_file import read_entries
+    from tat_jax.weights.names import convert_entries
+    from tat_jax.weights.torch_file import read_entries
 
     try:
         entries = read_entries(path)

@@ -196,7 +196,7 @@ def _load(entry: Mapping[str, Any]) -> StoredNetwork:
 
 
 def _arguments(entry: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
-    """Return what builds the network of an entry; as JSON gives it back, and without what goes without saying."""
+    """Return what builds the network of an entry, as JSON gives it back; of its view what is no default."""
     name = entry["architecture"]
     options = find(name).options
     for option, field in _OF_FAMILIES.items():
@@ -209,7 +209,8 @@ def _arguments(entry: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
 
 def _said(name: str, arguments: Mapping[str, Any]) -> Any:
     """Return what some arguments say of a field, or its default."""
-    default = FIELDS[name].default if name in FIELDS else None
+    field = FIELDS.get(name)
+    default = field.default if isinstance(field, Field) else None
     return arguments.get(name, None if isinstance(default, type) else _as_json(default))
 
 

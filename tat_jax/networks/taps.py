@@ -41,7 +41,7 @@ def _children(node: Any) -> dict[str, Any]:
         return {str(i): child for i, child in enumerate(node)}
     if isinstance(node, nnx.Dict | Mapping):
         return {str(name): child for name, child in node.items()}
-    return vars(node) if isinstance(node, nnx.Module) else {}
+    return vars(node) if isinstance(node, nnx.Pytree) else {}
 
 
 def _join(path: str, name: str) -> str:
@@ -87,7 +87,7 @@ def _keeping(kind: type[nnx.Module], returning: bool) -> type[nnx.Module]:
             return wanted and _keep(self, name, lambda values: reduce_fn(values, value), init_fn)
 
     if returning:
-        called = kind.__call__  # type: ignore[attr-defined]
+        called = kind.__call__
 
         @functools.wraps(called)
         def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:

@@ -103,8 +103,8 @@ class View(nnx.Module):
         given = given if isinstance(given, Outputs) else Outputs(given, {})
         if not isinstance(given.logits, jax.Array | None):
             raise ValueError(
-                f"{type(network).__name__} returns a {type(given.logits).__name__}, not logits; give its View "
-                "a `call` that returns logits or Outputs"
+                f"{type(network).__name__} returns a {type(given.logits).__name__}, not logits; give its "
+                "View a `call` that returns logits or Outputs"
             )
         taps = read(self.taps, modules, given.taps, batch=len(images))
         logits = None if given.logits is None else self._as_map(given.logits)

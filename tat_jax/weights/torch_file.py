@@ -133,6 +133,25 @@ _NAMES: dict[tuple[str, str], np.dtype | Callable[..., Any]] = {
 }
 
 
+class _Stack:
+    """What a pickle has made so far."""
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[Any, Any] = {}
+
+    def popped(self, count: int) -> list[Any]:
+        if count > len(self.values):
+            raise _RefusedError("its pickle takes more than it has")
+        values = self.values[len(self.values) - count :]
+        del self.values[len(self.values) - count :]
+        return values
+
+    def since_mark(self) -> list[Any]:
+        return self.popped(len(self.values) - self.marks.pop())
+
+
 class _Unpickler:
     """Unpickle dictionaries of tensors, knowing nothing else.
 
@@ -146,77 +165,67 @@ class _Unpickler:
 
     def load(self, file: BinaryIO) -> Any:
         """Return what the pickle at the file's position describes, and stop behind it."""
-        stack: list[Any] = []
-        marks: list[int] = []
-        memo: dict[Any, Any] = {}
-        argument: Any
-
-        def popped(count: int) -> list[Any]:
-            if count > len(stack):
-                raise _RefusedError("its pickle takes more than it has")
-            values = stack[len(stack) - count :]
-            del stack[len(stack) - count :]
-            return values
-
-        def since_mark() -> list[Any]:
-            return popped(len(stack) - marks.pop())
-
+        stack = _Stack()
         for done, (operation, argument, _) in enumerate(pickletools.genops(file)):
             if done == _MAX_OPERATIONS:
                 raise _RefusedError(f"refused, because its pickle has more than {done:,} operations")
-            match operation.name:
-                case "PROTO" | "FRAME" | "STOP":
-                    pass
-                case "NONE" | "NEWTRUE" | "NEWFALSE":
-                    stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[operation.name])
-                case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
-                    stack.append(argument)
-                case "SHORT_BINUNICODE" | "BINUNICODE" | "SHORT_BINSTRING" | "BINSTRING":
-                    stack.append(argument)
-                case "EMPTY_TUPLE":
-                    stack.append(())
-                case "EMPTY_LIST":
-                    stack.append([])
-                case "EMPTY_DICT":
-                    stack.append({})
-                case "MARK":
-                    marks.append(len(stack))
-                case "TUPLE":
-                    stack.append(tuple(since_mark()))
-                case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                    stack.append(tuple(popped(int(operation.name[-1]))))
-                case "APPEND" | "APPENDS":
-                    values = popped(1) if operation.name == "APPEND" else since_mark()
-                    stack[-1].extend(values)
-                case "SETITEM" | "SETITEMS":
-                    values = popped(2) if operation.name == "SETITEM" else since_mark()
-                    keys = values[::2]
-                    if not all(type(key) in (str, int) for key in keys):
-                        raise _RefusedError("refused, because it has keys that are neither names nor numbers")
-                    stack[-1].update(zip(keys, values[1::2], strict=True))
-                case "BINPUT" | "LONG_BINPUT":
-                    memo[argument] = stack[-1]
-                case "MEMOIZE":
-                    memo[len(memo)] = stack[-1]
-                case "BINGET" | "LONG_BINGET":
-                    stack.append(memo[argument])
-                case "GLOBAL":
-                    stack.append(_named(*argument.split(" ")))
-                case "STACK_GLOBAL":
-                    stack.append(_named(*popped(2)))
-                case "REDUCE":
-                    function, arguments = popped(2)
-                    if not isinstance(function, FunctionType):
-                        raise _RefusedError(f"refused, because it calls a {type(function).__name__}")
-                    stack.append(function(*_few(arguments)))
-                case "BUILD":  # attributes, as the versions that a state dict has of its modules
-                    popped(1)
-                case "BINPERSID":
-                    stack.append(self._storage(*_few(popped(1)[0])))
-                case name:
-                    raise _RefusedError(f"refused, because a weight file has no need of pickle's {name}")
-        (root,) = stack
+            self._do(operation.name, argument, stack)
+        (root,) = stack.values
         return root
+
+    def _do(self, operation: str, argument: Any, stack: _Stack) -> None:
+        match operation:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "MARK":
+                stack.marks.append(len(stack.values))
+            case "APPEND" | "APPENDS":
+                values = stack.popped(1) if operation == "APPEND" else stack.since_mark()
+                stack.values[-1].extend(values)
+            case "SETITEM" | "SETITEMS":
+                values = stack.popped(2) if operation == "SETITEM" else stack.since_mark()
+                keys = values[::2]
+                if not all(type(key) in (str, int) for key in keys):
+                    raise _RefusedError("refused, because it has keys that are neither names nor numbers")
+                stack.values[-1].update(zip(keys, values[1::2], strict=True))
+            case "BINPUT" | "LONG_BINPUT":
+                stack.memo[argument] = stack.values[-1]
+            case "MEMOIZE":
+                stack.memo[len(stack.memo)] = stack.values[-1]
+            case "BUILD":  # attributes, as the versions that a state dict has of its modules
+                stack.popped(1)
+            case _:
+                stack.values.append(self._made(operation, argument, stack))
+
+    def _made(self, operation: str, argument: Any, stack: _Stack) -> Any:
+        """Return the value that an operation puts on the stack."""
+        match operation:
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                return {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[operation]
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
+                return argument
+            case "SHORT_BINUNICODE" | "BINUNICODE" | "SHORT_BINSTRING" | "BINSTRING":
+                return argument
+            case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT":
+                return {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}[operation]()
+            case "TUPLE":
+                return tuple(stack.since_mark())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                return tuple(stack.popped(int(operation[-1])))
+            case "BINGET" | "LONG_BINGET":
+                return stack.memo[argument]
+            case "GLOBAL":
+                return _named(*argument.split(" "))
+            case "STACK_GLOBAL":
+                return _named(*stack.popped(2))
+            case "REDUCE":
+                function, arguments = stack.popped(2)
+                if not isinstance(function, FunctionType):
+                    raise _RefusedError(f"refused, because it calls a {type(function).__name__}")
+                return function(*_few(arguments))
+            case "BINPERSID":
+                return self._storage(*_few(stack.popped(1)[0]))
+        raise _RefusedError(f"refused, because a weight file has no need of pickle's {operation}")
 
     def _storage(self, kind: Any, dtype: Any, key: Any, _: Any, size: Any, *view: Any) -> _Storage:
         if kind != "storage" or not isinstance(dtype, np.dtype) or type(key) is not str or any(view):

@@ -1,0 +1,218 @@
+"""The networks a config names: built alike for student and teacher, with the weights that it says."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+
+from tat_jax import fields, networks
+from tat_jax.networks.architecture import Architecture
+from tat_jax.networks.view import MEAN, STD, View
+from tat_jax.weights import store
+from tat_jax.weights.store import StoredNetwork
+from tests.tiny import Tiny
+
+NARROW = {"architecture": "resnet18", "small_images": True, "width": 2}
+
+
+def entry(**changes):
+    """Return a config's entry of a narrow network."""
+    config = fields.defaults(networks.FIELDS)
+    with config.ignore_type():
+        config.update(NARROW | changes)
+    return config
+
+
+def build(config, *, classes=5, seed=0, fit_head=True):
+    return networks.build(config, num_classes=classes, dtype="float32", seed=seed, fit_head=fit_head)
+
+
+def kernel_and_head(network):
+    weights = store.network_weights(network.view.network)
+    return np.asarray(weights["layer4.1.conv2.kernel"]), np.asarray(weights["fc.kernel"])
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Return a function that saves a network as it was built, and returns the folder and the network."""
+
+    def save(config=None, *, head="trained", classes=5):
+        built = build(config or entry(), classes=classes, seed=7)
+        folder = tmp_path / "saved"
+        weights = store.network_weights(built.view.network)
+        origin = {"head": head, "source": "a test"}
+        store.save_network(folder, StoredNetwork(weights, built.arguments, origin))
+        return str(folder), built
+
+    return save
+
+
+def test_the_defaults_of_the_fields_are_allowed_and_build_a_network_of_imagenet_s_statistics():
+    config = fields.defaults(networks.FIELDS)
+    assert list(fields.wrong(networks.FIELDS, config.to_dict())) == []
+    assert (config.mean, config.std, config.image_size, config.width) == (MEAN, STD, None, 64)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("architecture", "resnet19"),
+        ("architecture", ["resnet18"]),
+        ("width", 0),
+        ("mean", (0.5, 0.5)),
+        ("std", (0.5, 0.0, 0.5)),
+        ("image_size", 0),
+    ],
+)
+def test_a_field_that_no_network_can_have_is_refused(field, value):
+    (line,) = fields.wrong(networks.FIELDS, entry(**{field: value}).to_dict())
+    assert line.startswith(f"{field}={value!r}: allowed is ")
+
+
+@pytest.mark.parametrize("fit_head", [True, False], ids=["student", "teacher"])
+def test_random_weights_follow_the_seed_and_the_classes_are_the_data_s(fit_head):
+    first, again, other = (build(entry(), seed=seed, fit_head=fit_head) for seed in (0, 0, 1))
+    assert first.origin == {"head": "random", "source": "random weights, seed 0"}
+    assert first.arguments == {**NARROW, "num_classes": 5}
+    np.testing.assert_array_equal(kernel_and_head(first)[0], kernel_and_head(again)[0])
+    assert not np.array_equal(kernel_and_head(first)[0], kernel_and_head(other)[0])
+    assert first.view(jnp.zeros((1, 16, 16, 3), jnp.uint8)).logits.shape == (1, 5)
+
+
+@pytest.mark.parametrize("fit_head", [True, False], ids=["student", "teacher"])
+def test_saved_weights_come_back_with_their_head_and_their_origin(saved, fit_head):
+    folder, was = saved()
+    found = build(entry(weights=folder), fit_head=fit_head)
+    for ours, theirs in zip(kernel_and_head(found), kernel_and_head(was), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert found.origin == {"head": "trained", "source": folder}
+    assert found.arguments == was.arguments
+
+
+@pytest.mark.parametrize(("head", "classes"), [("fresh", 5), ("trained", 3)])
+def test_a_student_s_head_that_is_missing_or_of_other_classes_starts_afresh(saved, head, classes):
+    folder, was = saved(head=head)
+    found = build(entry(weights=folder), classes=classes, seed=1)
+    assert found.origin == {"head": "fresh", "source": folder}
+    assert found.arguments["num_classes"] == classes
+    kernel, fresh = kernel_and_head(found)
+    np.testing.assert_array_equal(kernel, kernel_and_head(was)[0])
+    np.testing.assert_array_equal(fresh, kernel_and_head(build(entry(), classes=classes, seed=1))[1])
+
+
+def test_a_teacher_keeps_its_head_and_its_classes(saved):
+    folder, was = saved(head="fresh")
+    found = build(entry(weights=folder), classes=3, fit_head=False)
+    assert found.origin == {"head": "fresh", "source": folder}
+    assert found.arguments["num_classes"] == 5
+    np.testing.assert_array_equal(kernel_and_head(found)[1], kernel_and_head(was)[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"architecture": "resnet34"}, "architecture=resnet18, the config has resnet34"),
+        ({"width": 4}, "width=2, the config has 4"),
+        ({"small_images": False}, "small_images=True, the config has False"),
+        ({"mean": (0.5, 0.5, 0.5)}, r"mean=\[0.485, 0.456, 0.406\], the config has \[0.5, 0.5, 0.5\]"),
+    ],
+)
+@pytest.mark.parametrize("fit_head", [True, False], ids=["student", "teacher"])
+def test_weights_of_another_network_than_the_config_s_are_named(saved, changes, said, fit_head):
+    folder, _ = saved()
+    with pytest.raises(ValueError, match=f"{folder} holds a network of {said}"):
+        build(entry(weights=folder, **changes), fit_head=fit_head)
+
+
+def test_weights_that_are_not_there_are_named_with_the_command_that_makes_them(tmp_path):
+    folder = tmp_path / "none"
+    with pytest.raises(FileNotFoundError, match=f"python -m tat_jax.convert resnet18 --to {folder}"):
+        build(entry(weights=str(folder)))
+
+
+OWN = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2), "image_size": 8}
+
+
+def test_a_network_s_own_statistics_and_size_are_kept_on_disk_and_need_no_config(saved):
+    folder, was = saved(entry(**OWN))
+    assert store.load_network(folder).arguments == was.arguments
+    for found in (networks.restore(folder), build(entry(weights=folder, **OWN))):
+        assert (found.view.mean, found.view.std, found.view.image_size) == tuple(OWN.values())
+        assert found.arguments == was.arguments
+        assert nnx.graphdef(found.view) == nnx.graphdef(was.view)
+
+
+def test_the_same_weights_may_see_images_of_another_size(saved):
+    folder, _ = saved(entry(**OWN))
+    assert build(entry(weights=folder, **OWN | {"image_size": 12})).view.image_size == 12
+
+
+def test_what_goes_without_saying_is_not_kept_on_disk(saved):
+    _, was = saved(entry(mean=list(MEAN)))
+    assert was.arguments == {**NARROW, "num_classes": 5}
+
+
+class Flat(nnx.Module):
+    """A network of no options."""
+
+    def __init__(self, *, num_classes, dtype, bn_group, rngs):
+        self.fc = nnx.Linear(3, num_classes, rngs=rngs)
+
+    def __call__(self, images):
+        return self.fc(images.mean((1, 2)))
+
+
+FLAT = Architecture(build=Flat, head="fc", options={}, read_arguments=lambda entries: {"num_classes": 2})
+
+
+def test_an_option_that_an_architecture_does_not_have_must_stay_as_it_is(monkeypatch):
+    monkeypatch.setitem(networks.ARCHITECTURES, "flat", FLAT)
+    plain = fields.defaults(networks.FIELDS)
+    plain.architecture = "flat"
+    assert build(plain).arguments == {"architecture": "flat", "num_classes": 5}
+    plain.width = 32
+    with pytest.raises(ValueError, match="flat has no width, so that it must stay 64"):
+        build(plain)
+
+
+def test_a_family_of_networks_is_one_new_file(tmp_path, monkeypatch):
+    text = "from tests.test_networks import FLAT\nARCHITECTURES = {'flat': FLAT}\n"
+    (tmp_path / "flat.py").write_text(text)
+    monkeypatch.setattr(networks, "__path__", [*networks.__path__, str(tmp_path)])
+    assert networks._found().keys() == networks.ARCHITECTURES.keys() | {"flat"}
+
+
+def test_an_architecture_that_is_none_is_named_with_those_that_are():
+    with pytest.raises(ValueError, match="no architecture 'resnet19'; there are resnet18, resnet34"):
+        networks.construct({"architecture": "resnet19", "num_classes": 2}, rngs=nnx.Rngs(0))
+
+
+def test_a_network_of_one_s_own_is_a_network_like_ours():
+    model = Tiny(4, rngs=nnx.Rngs(0))
+    view = View(model, image_size=4)
+    for given in (model, view):
+        found = networks.own(given)
+        assert found.view.network is model
+        assert (found.arguments, found.origin) == ({}, {"head": "trained", "source": "Tiny"})
+        assert networks.own(found) is found
+    assert networks.own(view).view is view
+
+
+def test_what_is_no_network_is_refused():
+    with pytest.raises(ValueError, match=r"a dict is no network: it must be a flax\.nnx module, or a View"):
+        networks.own({})
+
+
+@pytest.mark.parametrize("read", [networks.restore, lambda folder: build(entry(weights=folder))])
+def test_a_network_of_one_s_own_on_disk_is_not_built_here(tmp_path, read):
+    weights = store.network_weights(Tiny(2, rngs=nnx.Rngs(0)))
+    store.save_network(tmp_path / "own", StoredNetwork(weights, {}, {"head": "trained", "source": "Tiny"}))
+    with pytest.raises(ValueError, match="holds a network of your own; build it, then set its weights"):
+        read(str(tmp_path / "own"))
+
+
+def test_an_entry_may_be_a_config_or_a_plain_mapping():
+    config = entry(**OWN)
+    assert isinstance(config, ConfigDict)
+    assert build(config).arguments == build(config.to_dict()).arguments
