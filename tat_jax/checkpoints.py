@@ -247,9 +247,9 @@ def _student(state: TrainState) -> Weights:
 
 def _training(state: TrainState) -> dict[str, Any]:
     """Return all of a state that is not the student: what the losses hold, random streams, the optimiser."""
-    student = _student(state)
+    student = {f"{_STUDENT}{path}" for path in _student(state)}
     trained = flatten(state.params) | flatten(state.variables)
-    others = {path: value for path, value in trained.items() if path.removeprefix(_STUDENT) not in student}
+    others = {path: value for path, value in trained.items() if path not in student}
     return {"step": state.step, "embeddings": others, "opt_state": state.opt_state}
 
 

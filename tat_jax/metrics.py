@@ -209,13 +209,18 @@ class StepLog:
             shown = {name: f"{row[name]:.3g}" for name in self._losses}
             self._bar.set_postfix(shown, refresh=False)
         if (step + 1) % self._every == 0:
-            names = row if self._rows else ()
-            means = {name: math.fsum(row[name] for row in self._rows) / len(self._rows) for name in names}
+            means = self._means()
             means["images_per_second"] = self._images / (time.monotonic() - self._since)
             if self._leave_out:
                 means["steps_left_out"] = self._left_out
             self._writer.write(step + 1, {f"train/{name}": value for name, value in means.items()})
             self._rows, self._images, self._since = [], 0, time.monotonic()
+
+    def _means(self) -> Row:
+        """Return the means since the last row; a step before a run went on with other terms lacks some."""
+        names = self._rows[-1] if self._rows else {}
+        values = {name: [row[name] for row in self._rows if name in row] for name in names}
+        return {name: math.fsum(of_steps) / len(of_steps) for name, of_steps in values.items()}
 
     def _not_finite(self, row: Row) -> str:
         """Return the loss, its terms and the gradient's norm that are not finite; empty if all are."""

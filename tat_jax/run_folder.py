@@ -102,10 +102,11 @@ def changes(config: ConfigDict, folder: Path, fields: Fields) -> list[str]:
     taken: list[str] = []
     refused: list[str] = []
     for name in sorted(old.keys() | now.keys()):
-        before, after = old.get(name), now.get(name)
+        field = find(fields, name)
+        before, after = (values.get(name, _unsaid(field)) for values in (old, now))
         if before != after:
             line = f"{name}: {before} there, {after} now"
-            (taken if _may_change(find(fields, name), before, after) else refused).append(line)
+            (taken if _may_change(field, before, after) else refused).append(line)
     if refused:
         head = f"{folder} holds a run of another config; choose another --workdir:"
         raise ValueError("\n  ".join([head, *refused]))
@@ -123,6 +124,11 @@ def _flat(values: Mapping[str, Any], fields: Fields, prefix: str = "") -> dict[s
     return flat
 
 
+def _unsaid(field: Field | None) -> Any:
+    """Return the value of a field that a config lacks: one that came later, or an optional one."""
+    return None if field is None or isinstance(field.default, type) else field.default
+
+
 def _may_change(field: Field | None, before: Any, after: Any) -> bool:
     may_change = field is not None and field.may_change
     return may_change if isinstance(may_change, bool) else may_change(before, after)
@@ -137,30 +143,30 @@ def read_config(folder: Path, fields: Fields) -> ConfigDict | None:
     path = folder / "config.json"
     if not path.exists():
         return None
+    config = defaults(fields)
     try:
         said = json.loads(path.read_text())
-        return _with_losses(said, fields) if "losses" not in said else ConfigDict(said)
+        with config.ignore_type():  # None stands for values of any type
+            config.update(said if "losses" in said else _with_losses(said))
     except (ValueError, AttributeError, KeyError, TypeError):
         raise ValueError(
             f"{path} is damaged; remove it, and the run continues with the config at hand"
         ) from None
-
-
-def _with_losses(said: dict[str, Any], fields: Fields) -> ConfigDict:
-    """Return the config of a run of before losses were a list: `loss` and `tat` said then what they were."""
-    loss, tat = said.pop("loss"), said.pop("tat")
-    config = defaults(fields)
-    # What was written then lacks what came later, and None stands for values of any type.
-    with config.ignore_type():
-        config.update(said)
-    alpha, temperature = loss["alpha"], loss["temperature"]
-    cross_entropy, kl = kd_weights(alpha, loss["beta"], temperature)
-    config.losses = {
-        "cross_entropy": {"weight": cross_entropy},
-        "kd": {"weight": kl / temperature**2, "temperature": temperature},
-        "tat": {tap: {"student_tap": None, "teacher_tap": None, **options} for tap, options in tat.items()},
-    }
     return config
+
+
+def _with_losses(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config says that was written before losses were a list: under `loss` and `tat`."""
+    loss = said["loss"]
+    temperature = loss["temperature"]
+    # With T = 1: the weight of a loss that has the factor T² in itself, but where α = 0 left it out.
+    cross_entropy, kd = kd_weights(loss["alpha"], loss["beta"], 1.0)
+    losses = {
+        "cross_entropy": {"weight": cross_entropy},
+        "kd": {"weight": kd if loss["alpha"] else kd / temperature**2, "temperature": temperature},
+        "tat": said["tat"],
+    }
+    return {name: value for name, value in said.items() if name not in ("loss", "tat")} | {"losses": losses}
 
 
 def write_config(config: ConfigDict, folder: Path, step: int, *, changed: bool) -> None:

@@ -38,24 +38,28 @@ class StoredNetwork(NamedTuple):
 
 
 def flatten(state: nnx.State) -> Weights:
-    """Return the arrays of `state` by attribute path, as in `layer1.0.conv1.kernel`."""
-    return {".".join(map(str, path)): _raw(leaf.get_value()) for path, leaf in nnx.to_flat_state(state)}
+    """Return the arrays of `state` by attribute path, as in `layer1.0.conv1.kernel`; keys as numbers."""
+    return {".".join(map(str, path)): _numbers(leaf.get_value()) for path, leaf in nnx.to_flat_state(state)}
 
 
 def unflatten(weights: Mapping[str, Any], like: nnx.State) -> nnx.State:
     """Return `like` with its arrays replaced by those of the same paths in `weights`."""
-    flat = []
-    for path, leaf in nnx.to_flat_state(like):
-        array = weights[".".join(map(str, path))]
-        is_key = jax.numpy.issubdtype(leaf.get_value().dtype, jax.dtypes.prng_key)
-        flat.append((path, leaf.replace(jax.random.wrap_key_data(array) if is_key else array)))
-    return nnx.from_flat_state(flat)
+
+    def replaced(path: tuple[Any, ...], leaf: nnx.Variable) -> nnx.Variable:
+        array, before = weights[".".join(map(str, path))], leaf.get_value()
+        if _is_key(before):
+            array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(before))
+        return leaf.replace(array)
+
+    return nnx.from_flat_state([(path, replaced(path, leaf)) for path, leaf in nnx.to_flat_state(like)])
 
 
-def _raw(value: Any) -> Any:
-    """Return an array as it is saved: of a random key, its numbers."""
-    is_key = jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key)
-    return jax.random.key_data(value) if is_key else value
+def _numbers(array: Any) -> Any:
+    return jax.random.key_data(array) if _is_key(array) else array
+
+
+def _is_key(array: Any) -> bool:
+    return jax.numpy.issubdtype(array.dtype, jax.dtypes.prng_key)
 
 
 def network_weights(model: nnx.Module) -> Weights:
