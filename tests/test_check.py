@@ -91,7 +91,7 @@ def left_out(found):
 
 def narrow(weights):
     """Return the fields of a ResNet-18 of width 2."""
-    return base.network("resnet18", str(weights), small_images=True, width=2)
+    return {"architecture": "resnet18", "weights": str(weights), "small_images": True, "width": 2}
 
 
 def save_resnet(folder, *, classes, head="trained", change=lambda weights: weights):
@@ -140,7 +140,7 @@ def test_a_training_without_a_teacher_holds_without_one(find):
 
 
 def test_missing_weights_and_missing_images_are_found_in_one_call(find):
-    config = config_of(student=base.network("resnet18", "none18"), teacher=base.network("resnet34", "none34"))
+    config = config_of(student={"weights": "none18"}, teacher={"weights": "none34"})
     config.data.source, config.data.root = "imagefolder", "nowhere"
     hold, found = find(config, student=None, teacher=None)
     assert not hold
@@ -407,15 +407,18 @@ def test_every_training_of_a_study_is_checked_under_a_random_teacher(capsys):
     config.study = {
         "seeds": (0,),
         "teacher": {"batch_size": 12},  # no multiple of the devices
-        "students": {"alone": {}, "kd": {"losses": {"kd": {"weight": 0.5}}}},
+        "students": {
+            "alone": {"optimizer": {"learning_rate": -1.0}},
+            "kd": {"losses": {"kd": {"weight": 0.5}}},
+        },
     }
     assert not check.run(config, "run", student=tiny(4))
     _, *parts = re.split(r"study, (.*):\n", capsys.readouterr().out)
     trainings = dict(zip(parts[::2], map(findings, parts[1::2]), strict=True))
     assert list(trainings) == ["teacher", "alone", "kd"]
-    assert [failed(found) for found in trainings.values()] == [["devices"], [], []]
+    assert [failed(found) for found in trainings.values()] == [["devices"], ["config"], []]
     assert all("folder" not in found for found in trainings.values())
-    assert trainings["alone"]["task"].startswith("1·cross_entropy; ")
+    assert trainings["teacher"]["task"].startswith("1·cross_entropy; ")
     assert trainings["kd"]["task"].startswith("1·cross_entropy + 0.5·kd; ")
     assert trainings["kd"]["teacher"].startswith("resnet18 from random weights")
 
