@@ -125,8 +125,10 @@ def _flat(values: Mapping[str, Any], fields: Fields, prefix: str = "") -> dict[s
 
 
 def _unsaid(field: Field | None) -> Any:
-    """Return the value of a field that a config lacks: one that came later, or an optional one."""
-    return None if field is None or isinstance(field.default, type) else field.default
+    """Return, as JSON has it, the value of a field that a config lacks: it came later, or is optional."""
+    if field is None or isinstance(field.default, type):
+        return None
+    return json.loads(json.dumps(field.default))
 
 
 def _may_change(field: Field | None, before: Any, after: Any) -> bool:

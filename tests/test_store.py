@@ -157,4 +157,5 @@ def test_of_an_error_its_first_cause_is_told_in_a_line():
     error = ValueError("outside")
     error.__cause__ = OSError("no space left on device [source file 12]\nand a trace")
     assert reason(error) == "no space left on device"
+    assert reason(ValueError("trees do not match:\na, b")) == "trees do not match"
     assert reason(KeyError()) == "KeyError"

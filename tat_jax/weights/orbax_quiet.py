@@ -49,4 +49,4 @@ def reason(error: BaseException) -> str:
     """Return what the first cause of an error says, without the places in source files that libraries add."""
     while error.__cause__:
         error = error.__cause__
-    return str(error).strip().split("\n")[0].split(" [")[0] or type(error).__name__
+    return str(error).strip().split("\n")[0].split(" [")[0].rstrip(":") or type(error).__name__
