@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +114,7 @@ def build_student(
         ValueError: they are another network's.
     """
     if own is not None:
-        return networks.own(own)
+        return _own(own)
     return networks.build(
         config.student,
         num_classes=num_classes,
@@ -135,10 +135,22 @@ def build_teacher(
     if not any(term.loss.needs_teacher for term in terms):
         return None
     if own is not None:
-        return networks.own(own)
+        return _own(own)
     return networks.build(
         config.teacher, num_classes=num_classes, dtype=config.dtype, seed=config.seed, fit_head=False
     )
+
+
+def _own(network: nnx.Module | View | Network) -> Network:
+    return network if isinstance(network, Network) else networks.own(_copied(network))
+
+
+def _copied(module: Any) -> Any:
+    """Return a copy of what a user brought along: the step takes the memory of the state that it is given."""
+    if not isinstance(module, nnx.Module):
+        return module
+    graph, state = nnx.split(module)
+    return nnx.merge(graph, jax.tree.map(jnp.copy, state))
 
 
 def _check_logits(terms: Sequence[Term], teacher: Network, num_classes: int) -> None:
@@ -164,7 +176,7 @@ def _build_losses(
     built = {}
     for term in terms:
         if isinstance(term.loss, Loss):
-            built[term.name] = term.loss
+            built[term.name] = _copied(term.loss)
             continue
         # By its name, so that another term more changes none of the others.
         key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(term.name.encode()))

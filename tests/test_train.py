@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import signal
-import sys
 import threading
 
 import jax
@@ -13,11 +12,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import base, digits, r18_r34, r18_r34_ce, r18_r34_kd, r18_r34_scratch, supervised
-from tat_jax import checkpoint, evaluate, study, train
+from tat_jax import evaluate, study, train
+from tat_jax.configs import base, digits, r18_r34, r18_r34_ce, r18_r34_kd, r18_r34_scratch, supervised
 from tat_jax.data.pipeline import open_pipeline
-from tat_jax.distill import TrainState, normalize
-from tat_jax.metrics import MetricWriter, StepLog, progress, read_rows
+from tat_jax.losses import terms_of
+from tat_jax.metrics import read_rows
+from tat_jax.networks.view import View, normalize
+from tat_jax.signals import Interrupted
+from tat_jax.weights import folders, store
 from tests.tiny import Tiny
 
 
@@ -25,14 +27,18 @@ def config_of(**changes):
     """Return a run of three steps an epoch, the last one short, on digits."""
     config = base.base()
     config.update({"epochs": 2, "batch_size": 16, "log_every": 1, "bn_group": 8})
-    config.loss.update({"alpha": 0.5, "beta": 0.5, "temperature": 2.0})
-    config.tat = {"layer1": base.tat(), "layer2": {**base.tat(), "weight": 0.5, "heads": 2}}
+    config.losses = {
+        "cross_entropy": base.loss("cross_entropy", weight=0.5),
+        "kd": base.loss("kd", weight=0.5, temperature=2.0),
+        "tat": {"layer1": base.loss("tat"), "layer2": base.loss("tat", weight=0.5, heads=2)},
+    }
     config.data.update(
         {"source": "digits", "labels_per_class": 4, "image_size": 16, "eval_resize": 16, "threads": 1}
     )
     config.optimizer.milestones = (1,)
     with config.ignore_type():
-        config.update(changes)
+        for name, value in changes.items():
+            config[name] = value
     return config
 
 
@@ -45,8 +51,8 @@ def run(config, folder):
 
 def contents(folder):
     """Return what the last checkpoint holds, and the rows but for their speed."""
-    step = checkpoint.last(folder)
-    items = {item: jax.tree.leaves(checkpoint.load_item(step / item)) for item in ("student", "training")}
+    step = folders.last(folder)
+    items = {item: jax.tree.leaves(store.load_item(step / item)) for item in ("student", "training")}
     rows = [
         {name: value for name, value in row.items() if name != "train/images_per_second"}
         for row in read_rows(folder)
@@ -78,7 +84,7 @@ def test_a_run_leaves_checkpoints_metrics_events_config_and_a_picture(uninterrup
     logged = {name for row in rows for name in row}
     assert {
         "train/cross_entropy",
-        "train/kl",
+        "train/kd",
         "train/tat_layer2",
         "train/learning_rate",
         "train/gradient_norm",
@@ -101,38 +107,8 @@ def test_the_best_and_the_last_checkpoint_are_told(uninterrupted):
     result = run(config_of(epochs=4), uninterrupted)
     evaluated = [row for row in read_rows(uninterrupted) if "eval/top1" in row]
     assert result == {"last": evaluated[-1], "best": max(evaluated[::-1], key=lambda row: row["eval/top1"])}
-    assert checkpoint.best(uninterrupted).name == str(result["best"]["step"])
-    assert checkpoint.last(uninterrupted).name == "12"
-
-
-def test_the_best_and_the_two_latest_checkpoints_are_kept(tmp_path):
-    student = nnx.Dict(student=Tiny(4, classes=10, rngs=nnx.Rngs(0)))
-    params, batch_stats = nnx.state(student, nnx.Param), nnx.state(student, nnx.BatchStat)
-    with checkpoint.RunCheckpoints(tmp_path) as checkpoints:
-        for step, top1 in enumerate((0.1, 0.9, 0.2, 0.3, 0.4)):
-            state = TrainState(jnp.array(step), params, batch_stats, ())
-            checkpoints.save(state, arguments={}, position={}, metrics={"top1": top1})
-    assert checkpoint.steps(tmp_path) == [1, 3, 4]
-    assert checkpoint.best(tmp_path).name == "1"
-
-
-def test_of_what_python_cannot_raise_only_what_orbax_abandons_is_unheard(tmp_path, monkeypatch):
-    class Raises:
-        def __init__(self, message):
-            self.message = message
-
-        def __del__(self):
-            raise RuntimeError(self.message)
-
-    heard = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda raised: heard.append(str(raised.exc_value)))
-    with checkpoint.RunCheckpoints(tmp_path):
-        Raises("Event loop is closed")
-        Raises("another")
-    Raises("after writing")
-    checkpoint._try_to_read(lambda: str(Raises("whatever it is")))
-    Raises("after reading")
-    assert heard == ["another", "after writing", "after reading"]
+    assert folders.best(uninterrupted).name == str(result["best"]["step"])
+    assert folders.last(uninterrupted).name == "12"
 
 
 def test_a_run_that_was_continued_after_an_epoch_equals_the_uninterrupted_one(tmp_path, uninterrupted):
@@ -228,7 +204,7 @@ def test_a_run_that_was_stopped_anywhere_equals_the_uninterrupted_one(tmp_path, 
     done = threading.Event()
     watcher = threading.Thread(target=interrupt_after_a_step)
     watcher.start()
-    with pytest.raises(train.Interrupted, match="stopped at step"):
+    with pytest.raises(Interrupted, match="stopped at step"):
         run(config_of(epochs=4), tmp_path)
     done.set()
     watcher.join()
@@ -246,20 +222,12 @@ def test_a_run_that_was_stopped_during_an_evaluation_does_that_again(tmp_path, u
         return evaluate.evaluate(*arguments, **options)
 
     monkeypatch.setattr(train, "evaluate", evaluate_second_time_interrupted)
-    with pytest.raises(train.Interrupted, match="stopped at step 6 of 12") as stopped:
+    with pytest.raises(Interrupted, match="stopped at step 6 of 12") as stopped:
         run(config_of(epochs=4), tmp_path)
     assert stopped.value.signal == signal.SIGTERM
     assert [row["epoch"] for row in read_rows(tmp_path) if "epoch" in row] == [1]
     run(config_of(epochs=4), tmp_path)
     assert_same_run(tmp_path, uninterrupted)
-
-
-def test_an_evaluation_that_no_checkpoint_knows_of_is_not_logged_twice(tmp_path):
-    rows = [{"step": 3, "train/loss": 1.0}, {"step": 3, "eval/top1": 0.5}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for evaluated, kept in ((True, rows), (False, rows[:1])):
-        with MetricWriter(tmp_path, 3, evaluated=evaluated):
-            assert read_rows(tmp_path) == kept
 
 
 def test_a_row_over_steps_before_and_after_a_stop_is_that_of_a_run_without(tmp_path):
@@ -268,17 +236,6 @@ def test_a_row_over_steps_before_and_after_a_stop_is_that_of_a_run_without(tmp_p
     run(config_of(epochs=2, log_every=2), tmp_path / "stopped")
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
     assert [row["step"] for row in read_rows(tmp_path / "whole") if "train/loss" in row] == [2, 4, 6]
-
-
-def test_what_is_to_be_saved_of_a_log_stays_as_it_was_while_steps_go_on(tmp_path):
-    with progress(3, description="", show=False) as bar:
-        log = StepLog(MetricWriter(tmp_path, 0, active=False), bar, 10, describe=str)
-        log.add({"loss": np.float32(1)}, 0, images=1)
-        log.flush()
-        position = log.position
-        log.add({"loss": np.float32(2)}, 1, images=1)
-        log.flush()
-    assert position["rows"] == [{"loss": 1.0}]
 
 
 def test_a_folder_where_a_run_is_at_work_is_refused(tmp_path):
@@ -300,15 +257,6 @@ def test_a_training_set_that_grew_since_is_refused(folder, tmp_path):
     config.epochs = 2
     with pytest.raises(ValueError, match=r"trained on 8 images, and data.root holds 9 now"):
         run(config, tmp_path / "run")
-
-
-def test_a_damaged_line_of_the_log_is_named_and_one_that_was_cut_off_is_not_missed(tmp_path):
-    log = tmp_path / "metrics.jsonl"
-    log.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert read_rows(tmp_path) == [{"step": 1}, {"step": 2}]
-    log.write_bytes(b'{"step": 1}\n{"st\xffp": 2}\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is damaged"):
-        read_rows(tmp_path)
 
 
 def test_another_config_in_the_same_folder_is_refused_field_by_field(uninterrupted):
@@ -342,7 +290,7 @@ def poisoned():
     config = config_of(epochs=2)
     config.data.update({"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": False})
     data = open_pipeline(config, "train")
-    sums = [[normalize(batch["image"]).sum((1, 2, 3)) for batch in data.epoch(epoch)] for epoch in range(2)]
+    sums = [[normalize(batch.image).sum((1, 2, 3)) for batch in data.epoch(epoch)] for epoch in range(2)]
     poison = sums[0][1][0]
     steps = [
         3 * epoch + i for epoch in range(2) for i in range(3) if np.isclose(sums[epoch][i], poison).any()
@@ -359,13 +307,13 @@ def poisoned():
 
 def test_a_step_that_is_no_number_stops_the_run_with_its_terms_and_images(tmp_path, poisoned):
     train_poisoned, (step, _), name = poisoned
-    terms = "cross_entropy is nan, kl is nan, loss is nan"
+    terms = "cross_entropy is nan, kd is nan, loss is nan"
     message = f"{terms} of step {step}; its images: {name}, .*Nothing was saved"
     with pytest.raises(FloatingPointError, match=message):
         train_poisoned(tmp_path, 0)
     assert (tmp_path / f"step{step}_process0_images.txt").read_text().splitlines()[0] == name
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        checkpoint.last(tmp_path)
+        folders.last(tmp_path)
 
 
 class Steep(Tiny):
@@ -386,7 +334,7 @@ def test_so_many_such_steps_may_be_left_out_and_no_more(tmp_path, poisoned):
     train_poisoned, (_, second), _ = poisoned
     with pytest.raises(FloatingPointError, match=f"of step {second}; .*The checkpoint of step 3 is kept"):
         train_poisoned(tmp_path, 1)
-    assert checkpoint.last(tmp_path).name == "3"
+    assert folders.last(tmp_path).name == "3"
     train_poisoned(tmp_path, 2)  # continues, and has not forgotten the first one
     rows = [row for row in read_rows(tmp_path) if "train/steps_left_out" in row]
     assert [row["train/steps_left_out"] for row in rows] == [0, 1, 1, 1, 1, 2]
@@ -401,8 +349,8 @@ def test_so_many_such_steps_may_be_left_out_and_no_more(tmp_path, poisoned):
         ({"batch_size": 12}, "batch_size=12 is not a multiple of the 8 devices"),
         ({"batch_size": 40, "bn_group": 16}, "bn_group=16 does not divide batch_size=40"),
         (
-            {"tat": {"layer2": {"weight": 1.0, "heads": 3}}},
-            r"tat.layer2: heads=3 does not divide the teacher's 16 channels",
+            {"losses": {"tat": {"layer2": {"weight": 1.0, "heads": 3}}}},
+            r"tat_layer2: heads=3 does not divide the teacher's 16 channels",
         ),
     ],
 )
@@ -415,14 +363,15 @@ def test_what_does_not_fit_is_named_before_anything_is_compiled(tmp_path, change
 def test_a_tap_that_a_network_does_not_sow_is_named(tmp_path):
     config = config_of()
     with config.unlocked():
-        config.tat.layer9 = {**base.tat(), "weight": 1.0}
-    with pytest.raises(ValueError, match=r"tat.layer9: the student has no such tap; it sows layer1, layer2"):
+        config.losses.tat.layer9 = base.loss("tat", weight=1.0)
+    message = r"the student of .*tat_layer9: no tap layer9: the network sows layer1, layer2, and "
+    with pytest.raises(ValueError, match=message):
         run(config, tmp_path)
 
 
 def test_taps_of_other_sizes_are_named(tmp_path):
     config = config_of(student=base.network("resnet18", "random", small_images=True, width=4))
-    with pytest.raises(ValueError, match=r"tat.layer2: .*student's is \[8, 8\], the teacher's \[4, 4\]"):
+    with pytest.raises(ValueError, match=r"tat_layer2: .*student's is \[8, 8\], the teacher's \[4, 4\]"):
         train.run(config, tmp_path, teacher=Tiny(8, classes=10, rngs=nnx.Rngs(1)))
 
 
@@ -448,18 +397,22 @@ def test_every_config_has_a_miniature_without_files(experiment):
 
 def test_the_recipe_is_the_authors():
     config = r18_r34.get_config()
-    assert (config.loss.alpha, config.loss.beta, config.tat.layer4.weight) == (0.1, 0.0, 0.2)
+    assert list(map(str, terms_of(config.losses))) == ["0.1·cross_entropy", "0.2·tat_layer4"]
+    assert config.losses.tat.layer4.heads == 1
     assert (config.batch_size, config.bn_group, config.epochs) == (2048, 256, 100)
     optimizer = config.optimizer
     assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay) == ("adamw", 1.6e-3, 5e-4)
     assert (optimizer.milestones, optimizer.gamma) == ((30, 60, 90), 0.1)
 
 
+KD = {"losses.cross_entropy.weight": 0.5, "losses.kd.weight": 0.5, "losses.tat.layer4.weight": 0.1}
+
+
 @pytest.mark.parametrize(
     ("variant", "changes"),
     [
-        (r18_r34_kd, {"loss.alpha": 0.5, "loss.beta": 0.5, "tat.layer4.weight": 0.1}),
-        (r18_r34_ce, {"loss.alpha": 1.0, "tat.layer4.weight": 0.0}),
+        (r18_r34_kd, KD),
+        (r18_r34_ce, {"losses.cross_entropy.weight": 1.0, "losses.tat.layer4.weight": 0.0}),
         (r18_r34_scratch, {"student.weights": "random"}),
     ],
 )
@@ -477,11 +430,20 @@ def test_a_study_compares_its_students_and_their_networks_evaluate_to_what_it_sa
     config.study.teacher.data.labels_per_class = 2
     with config.ignore_type():
         config.study.update({"seeds": (0, 1)})
-        config.study.students = {"kd": {"loss": {"alpha": 0.5, "beta": 0.5}}}
+        config.study.students = {"kd": {"losses": {"cross_entropy": {"weight": 0.5}, "kd": {"weight": 0.5}}}}
     table = study.run(config, tmp_path)
     seeds = [read_rows(tmp_path / "kd" / f"seed{seed}")[-1]["eval/top1"] for seed in (0, 1)]
     assert f"{100 * np.mean(seeds):.2f} ± {100 * np.std(seeds, ddof=1):.2f}" in table
     assert (tmp_path / "curves.png").exists()
     last = evaluate.run(config, tmp_path / "kd" / "seed0", "last")
-    assert last.top1 == seeds[0]
+    assert last.measures["top1"] == seeds[0]
     assert last.images == 797
+
+
+def test_networks_and_losses_of_ones_own_can_be_trained_with_twice(tmp_path):
+    view = View(Tiny(8, classes=10, rngs=nnx.Rngs(1)))
+    own = {"student": Tiny(4, classes=10, bn_group=8, rngs=nnx.Rngs(0)), "teacher": view}
+    config = config_of(epochs=1, log_every=3)
+    first, second = (train.run(config, tmp_path / name, **own) for name in "ab")
+    assert first == second
+    assert view.taps == ()
