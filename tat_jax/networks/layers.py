@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, reduce
 from flax import nnx
-from jaxtyping import Array, Bool, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float
+
+from tat_jax.batch import Where
 
 
 def _drawn_on_host(draw: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]) -> nnx.Initializer:
@@ -74,7 +76,7 @@ class BatchNorm(nnx.Module):
         x: Float[Array, "batch height width channels"],
         *,
         train: bool = False,
-        where: Bool[Array, " batch"] | None = None,
+        where: Where | None = None,
     ) -> Float[Array, "batch height width channels"]:
         """Return `x` normalised, in `x`'s type; in training, also update the running statistics.
 
@@ -107,7 +109,7 @@ class BatchNorm(nnx.Module):
 
 
 def _statistics(
-    x: Float[Array, "g n h w c"], where: Bool[Array, " batch"] | None
+    x: Float[Array, "g n h w c"], where: Where | None
 ) -> tuple[Float[Array, "g c"], Float[Array, "g c"], Float[Array, " g"]]:
     """Return the mean, the biased variance and the number of samples of each group, per channel."""
     if where is None:
