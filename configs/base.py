@@ -25,6 +25,7 @@ def base() -> ConfigDict:
         "cross_entropy": loss("cross_entropy", weight=1.0),
         "kd": loss("kd"),
         "tat": {tap: loss("tat") for tap in TAPS},
+        "fitnet": {tap: loss("fitnet") for tap in TAPS},
     }
     return config
 
