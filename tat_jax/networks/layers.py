@@ -115,7 +115,7 @@ def _statistics(
     if where is None:
         weight = jnp.ones(x.shape[:2], x.dtype)
     else:
-        valid = rearrange(where, "(g n) -> g n", n=x.shape[1])
+        valid = rearrange(jnp.asarray(where), "(g n) -> g n", n=x.shape[1])
         # A group of padding alone keeps finite statistics (its own), or 0 · inf would poison the gradient.
         weight = (valid | ~valid.any(1, keepdims=True)).astype(x.dtype)
     count = reduce(weight, "g n -> g", "sum") * x.shape[2] * x.shape[3]
