@@ -1,5 +1,7 @@
 """The networks a config names: built alike for student and teacher, with the weights that it says."""
 
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -136,7 +138,7 @@ OWN = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2), "image_size": 8}
 
 def test_a_network_s_own_statistics_and_size_are_kept_on_disk_and_need_no_config(saved):
     folder, was = saved(entry(**OWN))
-    assert store.load_network(folder).arguments == was.arguments
+    assert store.load_network(Path(folder)).arguments == was.arguments
     for found in (networks.restore(folder), build(entry(weights=folder, **OWN))):
         assert (found.view.mean, found.view.std, found.view.image_size) == tuple(OWN.values())
         assert found.arguments == was.arguments

@@ -273,6 +273,29 @@ def test_a_module_whose_output_cannot_be_kept_or_is_not_one_is_refused_by_its_pa
         jitted(View(view.network, taps=("blocks.0",)))(images())
 
 
+class Stacked(nnx.Module):
+    """A network whose layers lie in one, and run in a loop of Flax."""
+
+    def __init__(self, *, rngs):
+        self.layers = nnx.vmap(lambda rngs: Mlp(rngs=rngs))(rngs.split(3))
+
+    def __call__(self, images):
+        run = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return run(images, self.layers)
+
+
+def test_a_network_that_scans_over_its_layers_runs_and_its_layers_are_no_one_map():
+    view = View(Stacked(rngs=nnx.Rngs(0)))
+    np.testing.assert_allclose(jitted(view)(images()).logits, view.network(images()), rtol=1e-5)
+    graph, state = nnx.split(view)
+    gradient = jax.grad(lambda state: (nnx.merge(graph, state)(images()).logits ** 2).sum())(state)
+    assert all(jnp.abs(leaf).sum() > 0 for leaf in jax.tree.leaves(gradient))
+    with pytest.raises(
+        ValueError, match=r"no tap layers: its shape \(3, 1, 8, 8, 3\) does not begin with the 1"
+    ):
+        watch(view, ("layers",), SIZE)
+
+
 class Several(Dense):
     """A layer that returns more than its map, or another thing than one."""
 

@@ -7,11 +7,12 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import DTypeLike
+from ml_collections import ConfigDict
 
 from tat_jax.fields import TEXT, Field, Fields, Rule, numbers, or_none, whole
 from tat_jax.networks.architecture import Architecture
@@ -19,6 +20,7 @@ from tat_jax.networks.view import MEAN, STD, View
 from tat_jax.weights import folders, store
 from tat_jax.weights.store import StoredNetwork
 
+Entry: TypeAlias = ConfigDict | Mapping[str, Any]  # the `FIELDS` of one network
 RANDOM = "random"  # weights drawn from the seed instead of read from a folder
 
 
@@ -73,7 +75,7 @@ class Network(NamedTuple):
 
 
 def build(
-    entry: Mapping[str, Any],
+    entry: Entry,
     *,
     num_classes: int,
     dtype: DTypeLike,
@@ -84,7 +86,7 @@ def build(
     """Build the network of a config's entry, with its weights.
 
     Args:
-        entry: the `FIELDS`.
+        entry: what a config says of the network.
         num_classes: of the data.
         dtype: the type of activations.
         bn_group: images over which batch statistics are taken; None is the whole batch.
@@ -113,8 +115,10 @@ def build(
     return Network(view, arguments, origin)
 
 
-def own(network: nnx.Module | View | Network) -> Network:
-    """Return a network of the user's as one of ours; its logits count as trained.
+def own(network: object) -> Network:
+    """Return a network of the user's, an nnx module or a `View` of one, as one of ours.
+
+    Its logits count as trained.
 
     Raises:
         ValueError: it is no network.
@@ -177,7 +181,7 @@ def _stored(folder: str | Path) -> StoredNetwork:
     return stored
 
 
-def _load(entry: Mapping[str, Any]) -> StoredNetwork:
+def _load(entry: Entry) -> StoredNetwork:
     """Read the network that an entry names, and check that it is the one it describes."""
     weights = entry["weights"]
     try:
@@ -195,7 +199,7 @@ def _load(entry: Mapping[str, Any]) -> StoredNetwork:
     return stored
 
 
-def _arguments(entry: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
+def _arguments(entry: Entry, num_classes: int) -> dict[str, Any]:
     """Return what builds the network of an entry, as JSON gives it back; of its view what is no default."""
     name = entry["architecture"]
     options = find(name).options

@@ -8,6 +8,7 @@ sown. Here each module of a copy of the network is given a class of its own, a s
 import contextlib
 import difflib
 import functools
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -74,30 +75,33 @@ def keeping(modules: Modules, tapped: Iterable[str]) -> Iterator[None]:
 
 @functools.cache  # so that networks of one kind have equal graph definitions
 def _keeping(kind: type[nnx.Module], returning: bool) -> type[nnx.Module]:
-    class Keeping(kind):  # type: ignore[valid-type, misc]
-        def sow(
-            self,
-            variable_type: type[nnx.Variable] | str,
-            name: str,
-            value: Any,
-            reduce_fn: Callable[[Any, Any], Any] = lambda values, value: (*values, value),
-            init_fn: Callable[[], Any] = tuple,
-        ) -> bool:
-            wanted = variable_type in (nnx.Intermediate, "intermediates")
-            return wanted and _keep(self, name, lambda values: reduce_fn(values, value), init_fn)
-
+    """Return a subclass that keeps what it sows, and if it is `returning` what it returns."""
+    methods = {"sow": _sow, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     if returning:
-        called = kind.__call__
+        methods["__call__"] = _returning(kind.__call__)
+    return types.new_class(kind.__name__, (kind,), exec_body=lambda body: body.update(methods))
 
-        @functools.wraps(called)
-        def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-            output = called(self, *args, **kwargs)
-            _keep(self, _RETURNED, lambda values: (*values, output), tuple)
-            return output
 
-        Keeping.__call__ = call
-    Keeping.__name__, Keeping.__qualname__ = kind.__name__, kind.__qualname__
-    return Keeping
+def _sow(
+    module: nnx.Module,
+    variable_type: type[nnx.Variable] | str,
+    name: str,
+    value: Any,
+    reduce_fn: Callable[[Any, Any], Any] = lambda values, value: (*values, value),
+    init_fn: Callable[[], Any] = tuple,
+) -> bool:
+    wanted = variable_type in (nnx.Intermediate, "intermediates")
+    return wanted and _keep(module, name, lambda values: reduce_fn(values, value), init_fn)
+
+
+def _returning(called: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(called)
+    def call(module: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+        output = called(module, *args, **kwargs)
+        _keep(module, _RETURNED, lambda values: (*values, output), tuple)
+        return output
+
+    return call
 
 
 def _keep(module: nnx.Module, name: str, add: Callable[[Any], Any], init: Callable[[], Any]) -> bool:

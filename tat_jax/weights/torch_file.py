@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -163,7 +163,7 @@ class _Unpickler:
     def __init__(self) -> None:
         self.storages: dict[Any, _Storage] = {}
 
-    def load(self, file: BinaryIO) -> Any:
+    def load(self, file: io.BufferedReader | io.BytesIO) -> Any:
         """Return what the pickle at the file's position describes, and stop behind it."""
         stack = _Stack()
         for done, (operation, argument, _) in enumerate(pickletools.genops(file)):
@@ -258,7 +258,7 @@ def _read_pth(path: Path) -> Entries:
         )
 
 
-def _read_archive(file: BinaryIO, length: int) -> Any:
+def _read_archive(file: io.BufferedReader, length: int) -> Any:
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         for member in members:
@@ -283,7 +283,7 @@ def _read_archive(file: BinaryIO, length: int) -> Any:
     return root
 
 
-def _read_legacy(file: BinaryIO, length: int) -> Any:
+def _read_legacy(file: io.BufferedReader, length: int) -> Any:
     file.seek(0)
     if [_Unpickler().load(file) for _ in range(2)] != [_LEGACY_MAGIC, _LEGACY_PROTOCOL]:
         raise _RefusedError("it does not begin as a PyTorch file")
