@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tat_jax import distill, sharding
-from tat_jax.data.pipeline import Batch
+from tat_jax import sharding
+from tat_jax.batch import Batch
+from tat_jax.build import build
 from tat_jax.distill import TrainState
-from tat_jax.task import prepare
 from tat_jax.train import jit_train_step
 
 _COLLECTIVE = re.compile(
@@ -30,7 +30,7 @@ class CompiledStep(NamedTuple):
 
     program: Any
     state: TrainState
-    others: tuple[Any, distill.Batch]
+    others: tuple[Any, Batch]
 
     def repeated(self) -> Callable[[], None]:
         """Return a function that takes the next step on the same batch, and waits for it."""
@@ -61,11 +61,11 @@ class CompiledStep(NamedTuple):
 def compile_step(config: ConfigDict, rows: Batch, *, devices: int = 1, num_classes: int = 10) -> CompiledStep:
     """Compile the step of a config, on a batch of such rows, for the first so many devices."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    prepared = prepare(config, mesh, num_classes=num_classes, steps_per_epoch=1)
+    built = build(config, mesh, num_classes=num_classes, steps_per_epoch=1)
     (batch,) = sharding.put_batches([rows], mesh)
-    others = prepared.teacher, distill.Batch(**batch)
-    program = jit_train_step(prepared.task, mesh).lower(prepared.state, *others).compile()
-    return CompiledStep(program, prepared.state, others)
+    others = built.teacher, batch
+    program = jit_train_step(built.recipe, mesh).lower(built.state, *others).compile()
+    return CompiledStep(program, built.state, others)
 
 
 def blank_rows(config: ConfigDict) -> Batch:

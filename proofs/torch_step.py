@@ -75,10 +75,15 @@ def losses(model, teacher, images, labels, *, alpha, beta, temperature, heads, t
 
 
 def terms_of(config) -> dict[str, Any]:
-    """Return the keyword arguments of `losses` that a config means."""
-    tat = config.tat.layer4
-    kd = {name: config.loss[name] for name in ("alpha", "beta", "temperature")}
-    return {**kd, "heads": tat.heads, "tat_weight": tat.weight}
+    """Return the keyword arguments of `losses` that a config means whose cross-entropy counts."""
+    kd, tat = config.losses.kd, config.losses.tat.layer4
+    return {
+        "alpha": config.losses.cross_entropy.weight,
+        "beta": kd.weight,
+        "temperature": kd.temperature,
+        "heads": tat.heads,
+        "tat_weight": tat.weight,
+    }
 
 
 def take_step(optimizer, loss):

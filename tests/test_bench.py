@@ -6,7 +6,6 @@ import time
 
 import pytest
 
-from configs import r18_r34
 from proofs.bench import input as bench_input
 from proofs.bench import loop, loss, sidebyside
 from proofs.bench.growth import Machine, estimate, plot
@@ -14,6 +13,7 @@ from proofs.bench.sidebyside import Row, compare_times
 from proofs.bench.step import roofline
 from proofs.photographs import photographs
 from proofs.report import table
+from tat_jax.configs import r18_r34
 
 
 def test_the_loss_is_compared_at_once_and_beside_pytorch_and_written_as_json(tmp_path, monkeypatch, capsys):

@@ -3,11 +3,11 @@
 import jax
 import pytest
 
-from configs import r18_r34
 from proofs.compiled_step import blank_rows, compile_step
 from proofs.fidelity import collectives, counts, ddp, devices
 from proofs.program import Layout
 from tat_jax import sharding
+from tat_jax.configs import r18_r34
 from tests.claims import broken
 
 

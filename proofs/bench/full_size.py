@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import r18_r34
+from tat_jax.configs import r18_r34
 
 
 def full_size(*, on_gpu: bool) -> ConfigDict:

@@ -23,7 +23,7 @@ from proofs.bench.step import PEAKS
 from proofs.command import add_json, make_parser, publish
 from proofs.compiled_step import blank_rows, compile_step
 from proofs.report import markdown_table
-from tat_jax.tat import tat_loss
+from tat_jax.losses import tat_loss
 
 BATCHES = (4, 8, 16, 32)
 SIDES = (7, 14, 28, 56, 64, 96, 129)

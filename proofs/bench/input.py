@@ -20,14 +20,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from configs.base import base
 from proofs.bench.sidebyside import Row, compare_times, main
 from proofs.photographs import Photograph, add_photos
 from proofs.report import announce
 from proofs.torch_transforms import RATIO, SCALE, SIZE, crop_resize_and_flip, resize_and_centre_crop
+from tat_jax.configs.base import base
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.sources import Example
 from tat_jax.data.transforms import random_resized_crop_box
+from tat_jax.tasks.classification import Classification
 
 BATCH = 64
 IMAGES = 1024  # an epoch at least; files are read again to fill it
@@ -113,7 +114,15 @@ class _TorchPhotographs(Dataset):
 
 @functools.cache
 def _pipeline(files: Files, threads: int, train: bool) -> Pipeline:
-    return Pipeline(_Photographs(files), base().data, batch_size=BATCH, train=train, seed=0, threads=threads)
+    return Pipeline(
+        _Photographs(files),
+        Classification(),
+        base().data,
+        batch_size=BATCH,
+        train=train,
+        seed=0,
+        threads=threads,
+    )
 
 
 @functools.cache

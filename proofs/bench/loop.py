@@ -16,12 +16,12 @@ from unittest import mock
 import jax
 from ml_collections import ConfigDict
 
-from configs import r18_r34
 from proofs.bench.full_size import full_size
 from proofs.bench.sidebyside import Row, compare, main
 from proofs.compiled_step import compile_step
 from proofs.report import announce
 from tat_jax import train
+from tat_jax.configs import r18_r34
 from tat_jax.data.pipeline import open_pipeline
 
 WARM_UP = 8  # steps that do not count: the first compiles, the first row opens its files

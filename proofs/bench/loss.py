@@ -16,7 +16,7 @@ from einops import rearrange
 from proofs.bench.sidebyside import Row, compare_bytes, compare_times, main
 from proofs.report import announce
 from proofs.torch_step import attend
-from tat_jax.tat import target_aware_attention, tat_loss
+from tat_jax.losses import target_aware_attention, tat_loss
 
 SIDES = (7, 32, 64, 129)  # 49, 1,024, 4,096 and 16,641 positions
 # Scores, weights and their gradients beyond this are not computed at once.

@@ -22,7 +22,7 @@ from proofs.compiled_step import compile_step
 from proofs.report import announce
 from proofs.torch_resnet import random_torch_resnet
 from proofs.torch_step import TorchStudent
-from tat_jax.data.pipeline import Batch
+from tat_jax.batch import Batch
 
 SIZE, CLASSES = 224, 1000
 # Operations a second in dense bfloat16 and bytes a second to memory, as NVIDIA states them for SXM cards.

@@ -4,9 +4,9 @@ from collections import Counter
 
 import jax
 
-from configs import r18_r34
 from proofs.compiled_step import blank_rows, compile_step, float32_bytes, key
 from proofs.fidelity.claim import Claim
+from tat_jax.configs import r18_r34
 
 
 def claims(*, devices: int = 8) -> list[Claim]:
@@ -16,7 +16,7 @@ def claims(*, devices: int = 8) -> list[Claim]:
     step = compile_step(config, blank_rows(config), devices=devices)
     operations, arrays = step.sent()
     state = step.state
-    known = Counter(key(leaf.shape) for leaf in jax.tree.leaves((state.params, state.batch_stats)))
+    known = Counter(key(leaf.shape) for leaf in jax.tree.leaves((state.params, state.variables)))
     beyond = arrays - known
     del beyond[()]
     config.bn_group = None

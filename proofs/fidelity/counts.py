@@ -10,13 +10,15 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from configs import base
 from proofs.fidelity.claim import Claim
 from proofs.program import Layout, run_everywhere
-from tat_jax import distill, sharding
+from tat_jax import sharding
+from tat_jax.configs import base
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.sources import Example
 from tat_jax.evaluate import evaluate
+from tat_jax.networks.view import View
+from tat_jax.tasks.classification import Classification
 
 CLASSES, SIDE = 20, 2
 # Divisors of 50,000 and others, one image more or less than half, and more than all.
@@ -50,7 +52,7 @@ class Coarse(nnx.Module):
 
     def __call__(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch classes"]:
         """Return the logits."""
-        pixels = jnp.round((images * distill.STD + distill.MEAN) * 255)
+        pixels = jnp.round(images * 255)
         return (rearrange(pixels, "b h w c -> b (h w c)") @ self.weights[...]) % _LOGITS
 
 
@@ -65,10 +67,11 @@ def numpy_counts(source: Pixels) -> tuple[int, int]:
 def counts(images: int, batch_size: int, devices: int | None = None) -> list[int]:
     """Evaluate, and return the numbers of images, of right ones and of labels among the first five."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    data = base.base().data
+    data, task = base.base().data, Classification()
     data.update({"image_size": SIDE, "eval_resize": SIDE})
     pipeline = Pipeline(
         Pixels(images),
+        task,
         data,
         batch_size=sharding.round_up(batch_size, mesh),
         train=False,
@@ -77,10 +80,10 @@ def counts(images: int, batch_size: int, devices: int | None = None) -> list[int
         process_count=jax.process_count(),
         threads=2,
     )
-    graph, network = nnx.split(Coarse())
+    graph, network = nnx.split(View(Coarse(), mean=(0, 0, 0), std=(1, 1, 1)))
     network = jax.device_put(network, sharding.replicated(mesh))
-    found = evaluate(graph, network, pipeline, mesh, show=False)
-    return [found.images, round(found.top1 * found.images), round(found.top5 * found.images)]
+    found = evaluate(graph, network, task, pipeline, mesh, show=False)
+    return [found.images, *(round(found.measures[name] * found.images) for name in ("top1", "top5"))]
 
 
 def claims(images: int = 50_000, batch_sizes: tuple[int, ...] = BATCH_SIZES) -> list[Claim]:

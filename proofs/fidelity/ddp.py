@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from configs import r18_r34
 from proofs import torch_step
 from proofs.fidelity import our_step
 from proofs.fidelity.claim import Claim
@@ -23,8 +22,9 @@ from proofs.rounding import relative_error
 from proofs.torch_resnet import TorchResNet, random_torch_resnet
 from proofs.torch_step import TorchStudent
 from tat_jax import sharding
-from tat_jax.data.pipeline import Batch
-from tat_jax.task import prepare
+from tat_jax.batch import Batch
+from tat_jax.build import build
+from tat_jax.configs import r18_r34
 
 PROCESSES, EACH, SIZE, WIDTH, CLASSES = 8, 2, 64, 8, 10
 
@@ -72,17 +72,18 @@ def _models() -> tuple[TorchStudent, TorchResNet]:
     return TorchStudent(student, teacher_features=8 * WIDTH).double(), teacher.double().eval()
 
 
-def _batch() -> Batch:
+def _data() -> tuple[np.ndarray, np.ndarray]:
+    """Return the images and the labels of all processes."""
     rng = np.random.default_rng(0)
     count = PROCESSES * EACH
     images = rng.standard_normal((count, SIZE, SIZE, 3))
-    labels = rng.integers(0, CLASSES, count).astype(np.int32)
-    return Batch(image=images, label=labels, where=np.ones(count, bool))
+    return images, rng.integers(0, CLASSES, count).astype(np.int32)
 
 
 def _config() -> ConfigDict:
     config = r18_r34.get_config()
-    config.loss.update({"alpha": 0.5, "beta": 0.5, "temperature": 2.0})
+    config.losses.cross_entropy.weight = 0.5
+    config.losses.kd.update({"weight": 0.5, "temperature": 2.0})
     return config
 
 
@@ -93,18 +94,21 @@ def _ours() -> tuple[float, dict[str, np.ndarray]]:
     config.update({"dtype": "float64", "batch_size": PROCESSES * EACH, "bn_group": EACH})
     config.data.image_size = SIZE
     config.optimizer.update({"name": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "momentum": 0.0})
-    networks = {
-        name: our_step.network(our_step.entries_of(m), architecture, dtype="float64", bn_group=EACH)
-        for name, m, architecture in (
-            ("student", model.student, "resnet18"),
-            ("teacher", teacher, "resnet34"),
-        )
-    }
     mesh = sharding.make_mesh(jax.devices()[:PROCESSES])
-    prepared = prepare(config, mesh, num_classes=CLASSES, steps_per_epoch=1, **networks)
-    entries = our_step.entries_of(model)
-    prepared = our_step.with_embeddings(prepared, lambda module, key, shape: entries[f"{module}.{key}"])
-    after, (measured,) = our_step.train(prepared, [_batch()], mesh)
+    entries = our_step.entries_of
+    built = build(
+        config,
+        mesh,
+        num_classes=CLASSES,
+        steps_per_epoch=1,
+        student=our_step.network(entries(model.student), "resnet18", dtype="float64", bn_group=EACH),
+        teacher=our_step.network(entries(teacher), "resnet34", dtype="float64"),
+    )
+    trained = entries(model)
+    built = our_step.with_embeddings(built, lambda module, key, shape: trained[f"{module}.{key}"])
+    images, labels = _data()
+    batch = Batch(images, labels, where=np.ones(len(labels), bool))
+    after, (measured,) = our_step.train(built, [batch], mesh)
     return measured["loss"], our_step.published_tensors(after)
 
 
@@ -125,13 +129,13 @@ def main(port: str, folder: str) -> None:
     )
     model, teacher = _models()
     rows = slice(rank * EACH, (rank + 1) * EACH)
-    batch = _batch()
+    images, labels = _data()
     parallel = DistributedDataParallel(model)  # without this name it would be gone before the backward pass
     loss, *_ = torch_step.losses(
         parallel,
         teacher,
-        torch.from_numpy(rearrange(batch["image"][rows], "b h w c -> b c h w")),
-        torch.from_numpy(batch["label"][rows]).long(),
+        torch.from_numpy(rearrange(images[rows], "b h w c -> b c h w")),
+        torch.from_numpy(labels[rows]).long(),
         **torch_step.terms_of(_config()),
     )
     loss.backward()

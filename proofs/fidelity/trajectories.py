@@ -20,7 +20,6 @@ from einops import rearrange
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from configs import r18_r34
 from proofs import torch_resnet, torch_step
 from proofs.fidelity import our_step
 from proofs.fidelity.claim import Claim
@@ -29,10 +28,14 @@ from proofs.report import table
 from proofs.rounding import largest_relative_error, relative_error
 from proofs.torch_resnet import TorchResNet
 from proofs.torch_step import TorchStudent
-from tat_jax import distill, sharding
-from tat_jax.data.pipeline import Batch
-from tat_jax.resnet import ARCHITECTURES, BasicBlock, ResNet
-from tat_jax.task import Prepared, prepare
+from tat_jax import sharding
+from tat_jax.batch import Batch
+from tat_jax.build import Built, build
+from tat_jax.configs import r18_r34
+from tat_jax.losses import kd_weights
+from tat_jax.networks import ARCHITECTURES
+from tat_jax.networks.resnet import BasicBlock, architecture
+from tat_jax.networks.view import View
 
 GOLDEN = ROOT / "tests" / "golden" / "published_code.json"
 
@@ -78,27 +81,27 @@ def reproduce(
         The measurements of every step, the tensors after the last one under the published names, and the
         logits of the evaluation images.
     """
-    prepared, mesh = _prepared(run, dtype)
-    model, measured = our_step.train(prepared, _our_batches(run), mesh)
+    built, mesh = _built(run, dtype)
+    model, measured = our_step.train(built, _our_batches(run), mesh)
     for metrics in measured:
-        metrics["kd"] = sum(w * metrics[name] for name, w in prepared.task.weights.of_logits().items())
+        metrics["kd_loss"] = our_step.kd_loss(built, metrics)
     images = draw(f"{run['id']}/eval/image", (2, 3, run["image_size"], run["image_size"]))
-    logits, _ = distill.forward(model.student, jnp.asarray(rearrange(images, "b c h w -> b h w c")))
-    return measured, our_step.published_tensors(model), np.asarray(logits, np.float64)
+    outputs = model.student(jnp.asarray(rearrange(images, "b c h w -> b h w c")))
+    return measured, our_step.published_tensors(model), np.asarray(outputs.logits, np.float64)
 
 
 def float32_losses_from_exact_states(run: dict[str, Any]) -> list[float]:
     """Return the loss of every step in float32, each from the state that float64 had before it."""
     with jax.enable_x64(True):
-        prepared, mesh = _prepared(run, "float64")
-        states = [jax.tree.map(np.array, prepared.state)]
-        for state, _ in our_step.steps(prepared, _our_batches(run), mesh):
+        built, mesh = _built(run, "float64")
+        states = [jax.tree.map(np.array, built.state)]
+        for state, _ in our_step.steps(built, _our_batches(run), mesh):
             states.append(jax.tree.map(np.array, state))
-    prepared, mesh = _prepared(run, "float32")
+    built, mesh = _built(run, "float32")
     rounded = (
-        jax.tree.map(lambda exact, own: exact.astype(own.dtype), state, prepared.state) for state in states
+        jax.tree.map(lambda exact, own: exact.astype(own.dtype), state, built.state) for state in states
     )
-    return [m["loss"] for _, m in our_step.steps(prepared, _our_batches(run), mesh, states=rounded)]
+    return [m["loss"] for _, m in our_step.steps(built, _our_batches(run), mesh, states=rounded)]
 
 
 def claims(file: Path = GOLDEN) -> list[Claim]:
@@ -126,7 +129,7 @@ def claims_in_float64(run: dict[str, Any]) -> list[Claim]:
         name: largest_relative_error([m[ours] for m in measured], [step[theirs] for step in steps])
         for name, ours, theirs in (
             ("loss", "loss", "loss"),
-            ("KD loss", "kd", "org_loss"),
+            ("KD loss", "kd_loss", "org_loss"),
             ("TaT loss", "tat_layer4", "tat_loss"),
             ("learning rate", "learning_rate", "lr"),
         )
@@ -199,21 +202,21 @@ def _torch_training(run: dict[str, Any]) -> Iterator[tuple[float, float, float]]
     )
 
 
-def _prepared(run: dict[str, Any], dtype: str) -> tuple[Prepared, Mesh]:
+def _built(run: dict[str, Any], dtype: str) -> tuple[Built, Mesh]:
     """Return what `run` trained, with the drawn weights, on one device."""
     mesh = sharding.make_mesh(jax.devices()[:1])
-    models = {name: _network(run, name, dtype) for name in ("student", "teacher")}
-    prepared = prepare(
+    built = build(
         _config(run, dtype),
         mesh,
         num_classes=run["num_classes"],
         steps_per_epoch=run["steps_per_epoch"],
-        **models,
+        student=_network(run, "student", dtype),
+        teacher=_network(run, "teacher", dtype),
     )
-    prepared = our_step.with_embeddings(
-        prepared, lambda module, key, shape: draw_entry(f"{run['id']}/{module}", key, shape)
+    built = our_step.with_embeddings(
+        built, lambda module, key, shape: draw_entry(f"{run['id']}/{module}", key, shape)
     )
-    return prepared, mesh
+    return built, mesh
 
 
 def _our_batches(run: dict[str, Any]) -> Iterator[Batch]:
@@ -236,8 +239,11 @@ def _config(run: dict[str, Any], dtype: str) -> ConfigDict:
     config.dtype = dtype
     config.batch_size = run["batch"]
     config.data.image_size = run["image_size"]
-    config.loss.update({name: run[name] for name in ("alpha", "beta", "temperature")})
-    config.tat.layer4.update({"weight": run["tat_factor"], "heads": run["heads"]})
+    temperature = run["temperature"]
+    cross_entropy, kl = kd_weights(run["alpha"], run["beta"], temperature)
+    config.losses.cross_entropy.weight = cross_entropy
+    config.losses.kd.update({"weight": kl / temperature**2, "temperature": temperature})
+    config.losses.tat.layer4.update({"weight": run["tat_factor"], "heads": run["heads"]})
     config.optimizer.update(
         {
             "name": run["optimizer"]["name"].lower(),
@@ -250,20 +256,20 @@ def _config(run: dict[str, Any], dtype: str) -> ConfigDict:
     return config
 
 
-def _network(run: dict[str, Any], module: str, dtype: str) -> ResNet:
+def _network(run: dict[str, Any], module: str, dtype: str) -> View:
     """Return the student or the teacher, converted from drawn entries under torchvision's names."""
     depths = tuple(run[f"{module}_layers"])
-    architecture = str(depths)
-    ARCHITECTURES.setdefault(architecture, (BasicBlock, depths))
-    torch_resnet.DEPTHS.setdefault(architecture, depths)
+    name = str(depths)
+    ARCHITECTURES.setdefault(name, architecture(BasicBlock, depths))
+    torch_resnet.DEPTHS.setdefault(name, depths)
     with torch.device("meta"):
-        shapes = TorchResNet(architecture, num_classes=run["num_classes"]).state_dict()
+        shapes = TorchResNet(name, num_classes=run["num_classes"]).state_dict()
     entries = {
-        name: draw_entry(f"{run['id']}/{module}", name, tuple(tensor.shape))
-        for name, tensor in shapes.items()
-        if not name.endswith("num_batches_tracked")
+        key: draw_entry(f"{run['id']}/{module}", key, tuple(tensor.shape))
+        for key, tensor in shapes.items()
+        if not key.endswith("num_batches_tracked")
     }
-    return our_step.network(entries, architecture, dtype=dtype)
+    return our_step.network(entries, name, dtype=dtype)
 
 
 def main(files: list[str]) -> None:

@@ -20,10 +20,13 @@ from proofs.photographs import Photograph
 from proofs.rounding import relative_error
 from proofs.torch_resnet import TorchResNet, random_torch_resnet
 from proofs.torch_transforms import to_tensors
-from tat_jax import checkpoint, convert, distill
+from tat_jax import convert
 from tat_jax.data.transforms import decode, eval_transform
 from tat_jax.metrics import progress
-from tat_jax.torch_file import read_entries
+from tat_jax.networks.view import View
+from tat_jax.weights import store
+from tat_jax.weights.names import export_entries
+from tat_jax.weights.torch_file import read_entries
 
 ARCHITECTURES = ("resnet18", "resnet34")
 _BATCH = 20
@@ -97,7 +100,7 @@ def _differing_tensors(model: TorchResNet, architecture: str) -> dict[str, int]:
             to = folder / file.replace(".", "_")
             with redirect_stdout(io.StringIO()):
                 convert.main([architecture, "--from", str(folder / file), "--to", str(to)])
-            entries = convert.export_entries(checkpoint.load_network(to))
+            entries = export_entries(store.load_network(to))
             differing[kind] = sum(
                 name not in entries or not np.array_equal(entries[name], array)
                 for name, array in floats.items()
@@ -117,9 +120,9 @@ def _logits(
     return np.concatenate(found)
 
 
-def _jitted(model: nnx.Module) -> Callable[[np.ndarray], jax.Array]:
-    graph, state = nnx.split(model)
-    forward = jax.jit(lambda state, x: distill.forward(nnx.merge(graph, state), distill.normalize(x))[0])
+def _jitted(view: View) -> Callable[[np.ndarray], jax.Array]:
+    graph, state = nnx.split(view)
+    forward = jax.jit(lambda state, images: nnx.merge(graph, state)(images).logits)
     return lambda images: forward(state, images)
 
 

@@ -12,9 +12,11 @@ import numpy as np
 
 from proofs.torture.fault import Fault, judge
 from proofs.torture.small_run import STEPS, Run, contents, differences, finish, small_config
-from tat_jax import checkpoint, sharding
+from tat_jax import sharding
+from tat_jax.build import build
+from tat_jax.checkpoints import RunCheckpoints
 from tat_jax.distill import TrainState
-from tat_jax.task import prepare
+from tat_jax.weights import folders
 
 EPOCHS = "--config.epochs=4"
 # Room for no checkpoint, for part of the first, and for one or two.
@@ -56,7 +58,7 @@ def _full(folder: Path, whole: Path, size: str) -> Fault:
     """Run in a disk of a size until it is full, then make room and run on."""
     run = _run_isolated(folder, f"mount -t tmpfs -o size={size} none {folder}/disk")
     wrong = _refused(run, "cannot save a checkpoint in", "No space left", "make room")
-    kept = checkpoint.steps(folder / "kept" / "run")
+    kept = folders.steps(folder / "kept" / "run")
     finish(folder / "kept" / "run", EPOCHS)
     wrong += differences(folder / "kept" / "run", whole)
     lost = f"nothing; continued from step {kept[-1] if kept else 0}"
@@ -82,13 +84,13 @@ def _read_only(folder: Path, whole: Path) -> Fault:
 def _deleted(folder: Path) -> Fault:
     """Delete the folder of a run that is at work, in the middle of a save."""
     run = Run(folder / "run", "--config.epochs=1000")
-    run.wait_until(lambda: checkpoint.steps(run.folder), "a checkpoint")
+    run.wait_until(lambda: folders.steps(run.folder), "a checkpoint")
     run.wait_until(lambda: any((run.folder / "checkpoints").glob("*tmp*")), "a save")
     run.folder.rename(folder / "moved")  # gone at once, as no deletion is
     shutil.rmtree(folder / "moved")
     run.wait()
     wrong = _refused(run, "was moved or deleted")
-    if checkpoint.steps(run.folder):
+    if folders.steps(run.folder):
         wrong.append("a checkpoint was written in its place")
     return judge("folder deleted while saving", 1, wrong, "what was deleted")
 
@@ -96,14 +98,14 @@ def _deleted(folder: Path) -> Fault:
 def _damaged_and_continued(folder: Path, whole: Path) -> Fault:
     """Flip a bit in the arrays of the latest checkpoint, and run on."""
     shutil.copytree(whole, folder)
-    latest = folder / "checkpoints" / str(checkpoint.steps(folder)[-1])
+    latest = folder / "checkpoints" / str(folders.steps(folder)[-1])
     arrays = max((latest / "training").rglob("*"), key=lambda path: path.stat().st_size)
     _damage(arrays, DAMAGES[0], np.random.default_rng(0))
     said = finish(folder, EPOCHS)
     wrong = differences(folder, whole)
     if not ("cannot be read" in said and (folder / "damaged" / latest.name).is_dir()):
         wrong.append("the damage was not told, or not kept")
-    lost = f"nothing; {4 * STEPS - checkpoint.steps(whole)[-2]} steps computed anew"
+    lost = f"nothing; {4 * STEPS - folders.steps(whole)[-2]} steps computed anew"
     return judge("bit flipped in a checkpoint, run again", 1, wrong, lost)
 
 
@@ -118,7 +120,7 @@ def damaged_checkpoints(whole: Path, *, files: int | None = None) -> list[Fault]
     """
     rng = np.random.default_rng(0)
     like = _like()
-    good = {step: _read(whole, step, like) for step in checkpoint.steps(whole)}
+    good = {step: _read(whole, step, like) for step in folders.steps(whole)}
     *_, before, latest = good
     names = [path for path in sorted((whole / "checkpoints" / str(latest)).rglob("*")) if path.is_file()]
     names = sorted(names, key=lambda path: path.stat().st_size, reverse=True)[:files]
@@ -130,7 +132,7 @@ def damaged_checkpoints(whole: Path, *, files: int | None = None) -> list[Fault]
                 run = Path(temporary) / "run"
                 shutil.copytree(whole, run)
                 _damage(run / name.relative_to(whole), damage, rng)
-                with checkpoint.RunCheckpoints(run) as checkpoints:
+                with RunCheckpoints(run) as checkpoints:
                     restored = checkpoints.restore(like)
                 assert restored is not None
                 step = int(restored.state.step)
@@ -187,14 +189,14 @@ def _refused(run: Run, *said: str) -> list[str]:
 def _like() -> TrainState:
     """Return a state of the small run's shapes."""
     mesh = sharding.make_mesh(jax.devices()[:1])
-    return prepare(small_config(), mesh, num_classes=10, steps_per_epoch=STEPS).state
+    return build(small_config(), mesh, num_classes=10, steps_per_epoch=STEPS).state
 
 
 def _read(whole: Path, step: int, like: TrainState) -> TrainState:
     """Read the state of one of a run's checkpoints."""
     with tempfile.TemporaryDirectory() as temporary:
         shutil.copytree(whole / "checkpoints" / str(step), Path(temporary) / "checkpoints" / str(step))
-        with checkpoint.RunCheckpoints(Path(temporary)) as checkpoints:
+        with RunCheckpoints(Path(temporary)) as checkpoints:
             restored = checkpoints.restore(like)
     assert restored is not None
     return restored.state

@@ -12,7 +12,7 @@ from proofs.torture.small_run import Run, contents, finish, rows
 
 _TAKEN = {
     "--config.epochs=3": "epochs: 2 there, 3 now",
-    "--config.loss.alpha=0.2": "loss.alpha: 0.1 there, 0.2 now",
+    "--config.losses.cross_entropy.weight=0.2": "losses.cross_entropy.weight: 0.1 there, 0.2 now",
 }
 _REFUSED = {
     "--config.batch_size=8": "batch_size: 16 there, 8 now",

@@ -10,8 +10,8 @@ import numpy as np
 
 from proofs.torture.fault import Fault, judge
 from proofs.torture.small_run import STEPS, Run, differences, finish
-from tat_jax import checkpoint
 from tat_jax.metrics import read_rows
+from tat_jax.weights import folders
 
 # At each a random delay, in seconds, up to about as long as the phase lasts.
 _PHASES = {"start-up": 4.0, "a step": 0.3, "a save": 0.05, "an evaluation": 0.3}
@@ -80,4 +80,4 @@ def _last_step(folder: Path) -> int:
 
 
 def _saved_step(folder: Path) -> int:
-    return max(checkpoint.steps(folder), default=0)
+    return max(folders.steps(folder), default=0)

@@ -10,9 +10,8 @@ from proofs import rounding
 from proofs.program import ROOT, by_address, free_port, logged
 from proofs.torture.fault import Fault, judge
 from proofs.torture.small_run import Run, differences, finish, small_config
-from tat_jax import checkpoint
-from tat_jax.data.pipeline import Pipeline
-from tat_jax.data.sources import open_source
+from tat_jax.data.pipeline import open_pipeline
+from tat_jax.weights import folders
 
 Environments = list[dict[str, str]]
 _EPOCHS, _KILLED_EPOCHS = "--config.epochs=2", "--config.epochs=6"
@@ -98,17 +97,8 @@ def share_fault() -> Fault:
         codes = [run.wait() for run in runs]
         written = sorted((Path(temporary) / "shares").glob("step*_images.txt"))
         shares = [path.read_text().split("\n")[:-1] for path in written]
-    config = small_config()
-    whole = Pipeline(
-        open_source(config.data, "train"),
-        config.data,
-        batch_size=config.batch_size,
-        train=True,
-        seed=config.seed,
-        threads=0,
-    )
     step = int(written[0].name.removeprefix("step").split("_")[0])
-    names = whole.names(0, step)
+    names = open_pipeline(small_config(), "train").names(0, step)
     held = codes == [1, 1] and shares == [names[: len(names) // 2], names[len(names) // 2 :]]
     wrong = [] if held else [f"codes {codes}, shares {shares}"]
     lost = "nothing; each names its own half of the batch"
@@ -118,7 +108,7 @@ def share_fault() -> Fault:
 def _killed(killed: Path, whole: Path, victim: int) -> Fault:
     """Kill one of two processes when a checkpoint has been saved, and run both again."""
     runs = _start(killed, by_address(2), _KILLED_EPOCHS)
-    runs[0].wait_until(lambda: checkpoint.steps(killed), "a checkpoint")
+    runs[0].wait_until(lambda: folders.steps(killed), "a checkpoint")
     runs[victim].process.send_signal(signal.SIGKILL)
     began = time.monotonic()
     survivor = runs[1 - victim]

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import r18_r34
 from proofs.program import Environment, Program, main_command, simulated
-from tat_jax import checkpoint
+from tat_jax.configs import r18_r34
 from tat_jax.metrics import read_rows
+from tat_jax.weights import folders, store
 
 STEPS = 5  # an epoch
 # A log row for each step, and a checkpoint within nearly every epoch.
@@ -91,13 +91,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 def differences(folder: Path, other: Path) -> list[str]:
     """Return in what two runs differ: arrays of the last and the best checkpoint bit by bit, and rows."""
     found = []
-    for which in (checkpoint.last, checkpoint.best):
+    for which in (folders.last, folders.best):
         ours, theirs = which(folder), which(other)
         if ours.name != theirs.name:
             found.append(f"{which.__name__} checkpoint: step {ours.name}, step {theirs.name}")
             continue
         for item in ("student", "training"):
-            trees = [checkpoint.load_item(path / item) for path in (ours, theirs)]
+            trees = [store.load_item(path / item) for path in (ours, theirs)]
             leaves = [jax.tree_util.tree_leaves_with_path(tree) for tree in trees]
             wrong = [path for (path, a), (_, b) in zip(*leaves, strict=True) if not np.array_equal(a, b)]
             if wrong:

@@ -69,7 +69,7 @@ def pixels(path: Path) -> str:
 
 def input_road(path: Path) -> str:
     """Try an image in a folder of images of its own, with and without `data.skip_broken`."""
-    from configs import base
+    from tat_jax.configs import base
     from tat_jax.data.pipeline import open_pipeline
     from tat_jax.data.transforms import DecodeError
 
@@ -87,8 +87,8 @@ def input_road(path: Path) -> str:
             (image,) = open_pipeline(config, "train", batch_size=1).epoch(0)
         except DecodeError as error:
             named = str(error).startswith(f"{file}: ") and skipping.skipped == {0: str(file)}
-            return "refused" if named and not batch["where"].any() else f"not reported: {error!r:.200}"
-        return "read" if image["where"].all() and not skipping.skipped else "skipped and read"
+            return "refused" if named and not batch.where.any() else f"not reported: {error!r:.200}"
+        return "read" if image.where.all() and not skipping.skipped else "skipped and read"
     finally:
         shutil.rmtree(root)
 
