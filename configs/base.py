@@ -32,7 +32,7 @@ def base() -> ConfigDict:
 
 def network(architecture: str, weights: str, **options: Any) -> ConfigDict:
     """Return the fields of a network, with the defaults of those that are not said."""
-    entry = fields.defaults(fields.part(FIELDS, "student"))
+    entry = fields.defaults(FIELDS["student"])
     entry.update({"architecture": architecture, "weights": weights, **options})
     return entry
 

@@ -15,7 +15,7 @@ from tat_jax.distill import Distillation, Recipe, TrainState
 from tat_jax.losses import Own, Term, own_terms, terms_of
 from tat_jax.losses.loss import Loss
 from tat_jax.networks import Network
-from tat_jax.networks.view import Outputs, View, watch
+from tat_jax.networks.view import Outputs, OutputShapes, View, watch
 from tat_jax.schedules import weight_at
 from tat_jax.tasks import TASKS
 
@@ -195,7 +195,7 @@ def _build_losses(
 
 def shapes_of(
     config: ConfigDict, terms: Sequence[Term], student: Network, teacher: Network | None
-) -> tuple[Outputs, Outputs]:
+) -> tuple[OutputShapes, OutputShapes]:
     """Return the shapes of what both networks give for an image, with the taps that the terms compare.
 
     Raises:

@@ -8,7 +8,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -39,7 +39,8 @@ class Field(NamedTuple):
     optional: bool = False
 
 
-Fields = Mapping[str, Union[Field, "Fields"]]
+# Of each name a field, or further fields.
+Fields = Mapping[str, Any]
 
 
 def is_number(value: Any) -> bool:
@@ -111,16 +112,9 @@ def default(field: Field) -> Any:
     return placeholder(field.default) if isinstance(field.default, type) else field.default
 
 
-def part(fields: Fields, name: str) -> Fields:
-    """Return the fields below a name, or below any where that is `*`."""
-    below = fields.get(name, {})
-    assert not isinstance(below, Field)
-    return below
-
-
 def find(fields: Fields, name: str) -> Field | None:
     """Return the field of a dotted name; of a value within a field that holds several, that field."""
-    here: Field | Fields | None = fields
+    here: Any = fields
     for part in name.split("."):
         if isinstance(here, Field) or here is None:
             break

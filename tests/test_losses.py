@@ -139,7 +139,7 @@ def test_rows_that_do_not_count_change_neither_loss_nor_gradient():
     np.testing.assert_array_equal(gradient[4:], 0)
 
 
-def test_shapes_that_do_not_match_are_named():
+def test_shapes_that_do_not_match_are_named(unchecked):
     with pytest.raises(ValueError, match=r"\(5, 7\) and \(4,\)"):
         cross_entropy(logits_of(0), jnp.zeros(4, int))
     with pytest.raises(ValueError, match=r"\(5, 7\) and \(5, 6\)"):

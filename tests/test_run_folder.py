@@ -20,7 +20,7 @@ def written(config, folder):
 def test_what_is_written_is_read_again(tmp_path):
     assert run_folder.read_config(tmp_path, FIELDS) is None
     config = written(r18_r34.get_config(), tmp_path)
-    assert run_folder.read_config(tmp_path, FIELDS).to_json() == config.to_json()
+    assert json.loads(run_folder.read_config(tmp_path, FIELDS).to_json()) == json.loads(config.to_json())
     assert run_folder.changes(config, tmp_path, FIELDS) == []
 
 

@@ -287,7 +287,7 @@ def test_memory_of_segmentation_sized_maps_grows_linearly_with_positions():
     assert memory(16_641, 256) <= 8 * memory(16_641 // 8, 256)
 
 
-def test_shapes_and_heads_that_do_not_fit_are_named():
+def test_shapes_and_heads_that_do_not_fit_are_named(unchecked):
     query, key, value = maps(2, 3, 4, 8)
     with pytest.raises(ValueError, match=r"query and key .*\(2, 3, 4, 8\) and \(2, 3, 3, 8\)"):
         target_aware_attention(query, key[:, :, 1:], value)
@@ -307,7 +307,7 @@ def compare(module, student, teacher):
     return module(*outputs, batch).mean()
 
 
-def test_taps_of_other_height_and_width_are_named():
+def test_taps_of_other_height_and_width_are_named(unchecked):
     student, teacher = jnp.zeros((2, 4, 4, 8)), jnp.zeros((2, 7, 7, 8))
     with pytest.raises(ValueError, match=r"\(2, 4, 4\) and \(2, 7, 7\)"):
         compare(TargetAwareTransformer(8, 8, rngs=nnx.Rngs(0)), student, teacher)

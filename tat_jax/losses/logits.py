@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from tat_jax.batch import Batch
+from tat_jax.batch import Batch, Where
 from tat_jax.fields import POSITIVE, Field
 from tat_jax.losses.labels import cross_entropy
 from tat_jax.losses.loss import Loss, logits_of
@@ -19,11 +20,11 @@ from tat_jax.networks.view import Outputs
 
 
 def kl_divergence(
-    student_logits: Float[Array, "batch classes"],
-    teacher_logits: Float[Array, "batch classes"],
+    student_logits: Float[Array | np.ndarray, "batch classes"],
+    teacher_logits: Float[Array | np.ndarray, "batch classes"],
     *,
     temperature: float = 1.0,
-    where: Bool[Array, " batch"] | None = None,
+    where: Where | None = None,
 ) -> Float[Array, ""]:
     """Return KL(teacher ‖ student) of the softened predictions, summed over classes, in nats.
 
@@ -38,8 +39,8 @@ def kl_divergence(
 
 
 def kl_divergences(
-    student_logits: Float[Array, "batch classes"],
-    teacher_logits: Float[Array, "batch classes"],
+    student_logits: Float[Array | np.ndarray, "batch classes"],
+    teacher_logits: Float[Array | np.ndarray, "batch classes"],
     *,
     temperature: float = 1.0,
 ) -> Float[Array, " batch"]:
@@ -50,7 +51,7 @@ def kl_divergences(
             f"{student_logits.shape} and {teacher_logits.shape}"
         )
     log_p, log_q = (
-        nnx.log_softmax(logits.astype(at_least_float32(logits.dtype)) / temperature)
+        nnx.log_softmax(jnp.asarray(logits).astype(at_least_float32(logits.dtype)) / temperature)
         for logits in (teacher_logits, student_logits)
     )
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=1)
@@ -68,14 +69,14 @@ def kd_weights(alpha: float, beta: float | None, temperature: float) -> tuple[fl
 
 
 def kd_loss(
-    student_logits: Float[Array, "batch classes"],
-    teacher_logits: Float[Array, "batch classes"],
-    labels: Int[Array, " batch"],
+    student_logits: Float[Array | np.ndarray, "batch classes"],
+    teacher_logits: Float[Array | np.ndarray, "batch classes"],
+    labels: Int[Array | np.ndarray, " batch"],
     *,
     temperature: float,
     alpha: float,
     beta: float | None = None,
-    where: Bool[Array, " batch"] | None = None,
+    where: Where | None = None,
 ) -> Float[Array, ""]:
     """Return α·CE(student, labels) + β·T²·KL(teacher ‖ student).
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from tat_jax.batch import Batch
 from tat_jax.fields import TEXT, Field, or_none
-from tat_jax.networks.view import Outputs
+from tat_jax.networks.view import Outputs, OutputShapes
 
 Value = Float[Array, ""] | Float[Array, " batch"]
 
@@ -42,8 +42,8 @@ class Loss(nnx.Module):
     @classmethod
     def build(
         cls,
-        student: Outputs,
-        teacher: Outputs,
+        student: OutputShapes,
+        teacher: OutputShapes,
         *,
         dtype: DTypeLike,
         bn_group: int | None,

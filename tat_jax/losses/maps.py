@@ -11,7 +11,7 @@ from tat_jax.batch import Batch
 from tat_jax.fields import Field
 from tat_jax.losses.loss import TAPS, Loss
 from tat_jax.networks.layers import BatchNorm, at_least_float32, uniform
-from tat_jax.networks.view import Outputs
+from tat_jax.networks.view import Outputs, OutputShapes
 
 
 class FitNet(Loss):
@@ -56,7 +56,7 @@ class FitNet(Loss):
         self.norm = BatchNorm(teacher_shape[-1], group=bn_group, dtype=dtype)
 
     @classmethod
-    def build(cls, student: Outputs, teacher: Outputs, **options: Any) -> Self:
+    def build(cls, student: OutputShapes, teacher: OutputShapes, **options: Any) -> Self:
         """Build the regressor for the shapes of the two taps."""
         ours, theirs = student.taps[options["student_tap"]], teacher.taps[options["teacher_tap"]]
         return cls(ours.shape[1:], theirs.shape[1:], **options)

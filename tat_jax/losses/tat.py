@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce
 from flax import nnx
-from jaxtyping import Array, Bool, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float
 
-from tat_jax.batch import Batch
+from tat_jax.batch import Batch, Where
 from tat_jax.fields import YES_OR_NO, Field, one_of, whole
 from tat_jax.losses.loss import TAPS, Loss
 from tat_jax.losses.tat_blocks import SCORES, dot, errors_in_blocks
 from tat_jax.networks.layers import BatchNorm, conv, torch_uniform
-from tat_jax.networks.view import Outputs
+from tat_jax.networks.view import Outputs, OutputShapes
 
 Map = Float[Array, "batch height width channels"]
 
@@ -53,7 +53,7 @@ def tat_loss(
     target: Float[Array, "batch height width channels"],
     *,
     heads: int = 1,
-    where: Bool[Array, " batch"] | None = None,
+    where: Where | None = None,
 ) -> Float[Array, ""]:
     """Return the mean squared error between the reconstruction and the teacher's feature map.
 
@@ -126,7 +126,7 @@ class Embedding(nnx.Module):
         x: Float[Array, "batch height width in_features"],
         *,
         train: bool,
-        where: Bool[Array, " batch"] | None = None,
+        where: Where | None = None,
     ) -> Float[Array, "batch height width features"]:
         """Return the embedded map, in the compute type."""
         return self.norm(self.conv(x), train=train, where=where)
@@ -219,7 +219,7 @@ class TargetAwareTransformer(Loss):
         self.key = embedding(teacher_features) if trainable_key else None
 
     @classmethod
-    def build(cls, student: Outputs, teacher: Outputs, **options: Any) -> Self:
+    def build(cls, student: OutputShapes, teacher: OutputShapes, **options: Any) -> Self:
         """Build the embeddings for the shapes of the two taps.
 
         Raises:

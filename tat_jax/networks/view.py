@@ -35,6 +35,9 @@ class Outputs(NamedTuple):
     taps: dict[str, Array]
 
 
+OutputShapes = Any  # Outputs with jax.ShapeDtypeStruct in the place of arrays
+
+
 class View(nnx.Module):
     """A network, how it is called, which images it wants and what is read within it.
 
@@ -149,7 +152,7 @@ def _standardize(pixels: Array, mean: Sequence[float], std: Sequence[float]) -> 
     return (pixels / np.float32(255) - shift) / scale
 
 
-def watch(view: View, names: Sequence[str], image_size: int) -> Outputs:
+def watch(view: View, names: Sequence[str], image_size: int) -> OutputShapes:
     """Make a view tap what `names` says, besides what it taps already.
 
     Args:
