@@ -109,6 +109,8 @@ def reason(folder: Path, name: str, data: bytes) -> str:
     return str(refused.value)
 
 
+# A check of the annotations of each call would be minutes over a million operations of a pickle.
+@pytest.mark.usefixtures("unchecked")
 class TestWeights:
     @pytest.mark.parametrize(
         ("name", "why"),
