@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import main
+from tat_jax import cli
 
 MAIN = Path(__file__).parents[1] / "main.py"
 
@@ -28,7 +28,7 @@ def answer(*arguments, folder):
     ("arguments", "message"),
     [
         (["--config.batch_sise=3"], 'Did you mean "batch_size" instead of "batch_sise"?'),
-        (["--config.tat.layer4.wieght=3"], 'Did you mean "weight" instead of "wieght"?'),
+        (["--config.losses.tat.layer4.wieght=3"], 'Did you mean "weight" instead of "wieght"?'),
         (["--config.batch_size=many"], "--config.batch_size=many"),
         (
             [f"--config={MAIN.parent}/configs/r18_r34.py:smok"],
@@ -61,7 +61,7 @@ def test_a_mistake_is_named(arguments, message, tmp_path):
     ],
 )
 def test_what_the_devices_report_comes_with_what_it_may_come_of(said, processes, answer):
-    assert re.search(answer, main._of_devices(said, processes))
+    assert re.search(answer, cli._of_devices(said, processes))
 
 
 def test_help_names_the_flags(tmp_path):

@@ -142,8 +142,9 @@ def _call(network: Any, images: Array, *, train: bool, where: Where | None) -> A
     return network(images, train=True, where=where)
 
 
-def normalize(images: Array, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Array:
+def normalize(images: Images, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Array:
     """Return uint8 pixels as (x / 255 − mean) / std; images in floating point are normalised already."""
+    images = jnp.asarray(images)
     return _standardize(images, mean, std) if images.dtype == jnp.uint8 else images
 
 
