@@ -118,4 +118,5 @@ def train_step(
 
 def _mean(value: Array, where: Where) -> Float[Array, ""]:
     """Return the mean over the images that count, unless the loss is one number already."""
-    return jnp.mean(value, where=where) if value.ndim else value
+    # An integer count, for which devices need no reduction more; that of jnp.mean is one for each term.
+    return jnp.sum(value, where=where) / jnp.sum(where).astype(value.dtype) if value.ndim else value
