@@ -122,17 +122,16 @@ def _find(config: str) -> str:
         ValueError: there is no config of that name.
     """
     file, argument = _parts(config)
-    after = f":{argument}" if argument else ""
     if file.endswith((".yaml", ".yml")):
         return f"{_CONFIGS / 'torchdistill.py'}:{config}"
     if file.endswith(".py") or "/" in file:
         return config
-    if not (named := _CONFIGS / f"{file}.py").exists():
-        names = {path.stem for path in _CONFIGS.glob("[!_]*.py")} - {"base", "torchdistill"}
+    names = {path.stem for path in _CONFIGS.glob("[!_]*.py")} - {"base", "torchdistill"}
+    if file not in names:
         raise ValueError(
             f"no config {file!r}; there are {', '.join(sorted(names))}, and your own, as mine.py"
         )
-    return f"{named}{after}"
+    return f"{_CONFIGS / file}.py{f':{argument}' if argument else ''}"
 
 
 def _with_config_found(arguments: Sequence[str]) -> list[str]:

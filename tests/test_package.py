@@ -134,7 +134,7 @@ def test_a_yaml_goes_to_the_config_that_reads_it(yaml):
     assert cli._find(yaml) == f"{Path(cli._find('digits')).with_name('torchdistill.py')}:{yaml}"
 
 
-@pytest.mark.parametrize("name", ["r18_r35", "r18_r35:smoke", ""])
+@pytest.mark.parametrize("name", ["r18_r35", "r18_r35:smoke", "base", "torchdistill", "__init__", ""])
 def test_what_is_no_experiment_is_answered_with_those_there_are(name):
     there_are = f"no config '{name.removesuffix(':smoke')}'; there are {', '.join(EXPERIMENTS)}, .*mine.py"
     with pytest.raises(ValueError, match=there_are):
