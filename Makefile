@@ -1,4 +1,4 @@
-# make demo | make test | make survive | make fidelity | make bench | make torture | make imagenet TARS=folder | make clean
+# make demo | make test | make proofs | make fidelity | make bench | make torture | make imagenet TARS=folder | make clean
 PYTHON ?= python3
 # cuda12 where an NVIDIA driver answers, else cpu; `make demo ACCELERATOR=tpu` on a TPU.
 ACCELERATOR ?= $(shell nvidia-smi >/dev/null 2>&1 && echo cuda12 || echo cpu)
@@ -7,7 +7,7 @@ DATA ?= data/imagenet
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test survive fidelity bench torture imagenet clean
+.PHONY: demo test proofs fidelity bench torture imagenet clean
 
 demo: $(VENV)/installed-$(ACCELERATOR)
 	$(BIN)/python main.py
@@ -18,8 +18,8 @@ test: $(VENV)/installed-$(ACCELERATOR)-test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-# The short forms of `make torture`: what is done to a run is survived.
-survive: $(VENV)/installed-$(ACCELERATOR)-test
+# The short forms of `make fidelity` and `make torture`.
+proofs: $(VENV)/installed-$(ACCELERATOR)-test
 	$(BIN)/python -m pytest proofs
 
 # Measure every claim of docs/fidelity.md anew. PHOTOS: a folder of JPEG files. WEIGHTS: a folder of resnet18*

@@ -1,4 +1,4 @@
-"""The short forms of `make torture`, run by `make survive`: what is done to a run or a file is survived."""
+"""The short forms of `make torture`, run by `make proofs`: what is done to a run or a file is survived."""
 
 import numpy as np
 import pytest
