@@ -1,4 +1,4 @@
-"""What `make fidelity` proves at length, in short (`make proofs`); what takes several devices is in `test_devices`."""
+"""What `make fidelity` proves at length, in short (`make proofs`); several devices: `test_devices`."""
 
 import numpy as np
 import pytest
