@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +43,14 @@ class Classification(Task):
         return train_transform(
             image, rng, size=data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip
         ), label
+
+    def preparation(self, data: ConfigDict) -> dict[str, Any]:
+        """Return the sizes of the shorter side and of the centre."""
+        return {
+            "shorter_side": data.eval_resize,
+            "centre": data.image_size,
+            "interpolation": "bilinear with antialias",
+        }
 
     def measure(self, outputs: Outputs, batch: Batch, teacher: Outputs | None) -> dict[str, Float[Array, ""]]:
         """Return how often the student's first class is the label, and how often the teacher's first class.

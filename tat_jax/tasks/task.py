@@ -57,6 +57,10 @@ class Task(ABC):
             ValueError: they cannot be transformed. Whoever calls adds the name of the image.
         """
 
+    def preparation(self, data: ConfigDict) -> dict[str, Any]:
+        """Return, as JSON has it, what `transform` makes of an image in evaluation, by name and size."""
+        return {"size": data.image_size}
+
     def measure(self, outputs: Outputs, batch: Batch, teacher: Outputs | None) -> dict[str, Float[Array, ""]]:
         """Return what a training step reports of its batch besides the losses.
 

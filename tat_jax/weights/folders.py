@@ -61,9 +61,14 @@ def steps(run: Path) -> list[int]:
 
 def _existing(run: Path) -> list[int]:
     found = steps(run)
-    if not found:
-        raise FileNotFoundError(f"no checkpoint in {run}: train one with main.py --workdir {run}")
-    return found
+    if found:
+        return found
+    below = sorted(
+        str(path.parent) for depth in ("*", "*/*") for path in Path(run).glob(f"{depth}/checkpoints")
+    )
+    if below:
+        raise FileNotFoundError(f"{run} holds several runs; name one of them: {', '.join(below)}")
+    raise FileNotFoundError(f"no checkpoint in {run}: train one with main.py --workdir {run}")
 
 
 def first(metrics: dict[str, float]) -> float:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,8 @@ from tat_jax.weights.orbax_quiet import try_to_read
 
 Weights = dict[str, Any]
 _NAMED = 30  # entries in an error
+# What the items `network` and `data` held before they were sealed.
+_UNSEALED = ({"arguments", "origin"}, {"epoch", "batch"})  # and more
 
 
 class StoredNetwork(NamedTuple):
@@ -30,11 +33,14 @@ class StoredNetwork(NamedTuple):
         weights: arrays by attribute path, as in `layer1.0.conv1.kernel`.
         arguments: what builds the network, as `networks.Network` has them.
         origin: where the weights came from, with `head`: "trained", or "fresh" if its logits mean nothing.
+        usage: what its images must be and its classes are called, as `usage.usage_of` has it; empty where
+            nobody said.
     """
 
     weights: Weights
     arguments: dict[str, Any]
     origin: dict[str, str]
+    usage: Mapping[str, Any] = MappingProxyType({})
 
 
 def flatten(state: nnx.State) -> Weights:
@@ -115,7 +121,12 @@ def save_network(folder: Path, network: StoredNetwork) -> None:
 
 def network_items(network: StoredNetwork) -> ocp.args.Composite:
     """Return the two items of a network as Orbax saves them."""
-    said = {"arguments": network.arguments, "origin": network.origin, "arrays": digest(network.weights)}
+    said = {
+        "arguments": network.arguments,
+        "origin": network.origin,
+        "usage": dict(network.usage),
+        "arrays": digest(network.weights),
+    }
     return ocp.args.Composite(
         student=ocp.args.StandardSave(network.weights), network=ocp.args.JsonSave(seal(said))
     )
@@ -141,7 +152,7 @@ def _read_network(folder: Path) -> StoredNetwork:
     said = read_sealed(folder / "network")
     weights = dict(load_item(folder / "student"))
     check_digest(weights, said["arrays"])
-    return StoredNetwork(weights, said["arguments"], said["origin"])
+    return StoredNetwork(weights, said["arguments"], said["origin"], said.get("usage", {}))
 
 
 def load_item(folder: Path) -> Any:
@@ -166,6 +177,8 @@ def read_sealed(folder: Path) -> dict[str, Any]:
         ValueError: it does not say what was written.
     """
     said = ocp.JsonCheckpointHandler().restore(folder.absolute())
+    if isinstance(said, dict) and any(said.keys() >= keys for keys in _UNSEALED) and "arrays" not in said:
+        raise ValueError("an earlier version of tat-jax wrote it, without checksums; use that version")
     found = said.pop("seal") if isinstance(said, dict) and "seal" in said else None
     if found is None or found != seal(said)["seal"]:
         raise ValueError(f"{folder.name} does not say what was written")

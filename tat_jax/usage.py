@@ -1,0 +1,49 @@
+"""How a network is used once it is trained: what its images must be, and what its classes are called."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tat_jax.networks import Network
+from tat_jax.tasks import TASKS
+
+Usage = dict[str, Any]
+
+
+def usage_of(config: ConfigDict, network: Network, num_classes: int, classes: Sequence[str] | None) -> Usage:
+    """Return, as JSON has it, what whoever calls a network needs to know.
+
+    Args:
+        config: of its training, whose evaluation prepares images as the network wants them.
+        network: has the mean and the standard deviation of its images.
+        num_classes: of the data.
+        classes: their names by label; None where the data has none.
+    """
+    task = TASKS[config.task]()
+    return {
+        "num_classes": num_classes,
+        "classes": None if classes is None else list(classes),
+        "image": task.preparation(config.data),
+        "mean": list(network.view.mean),
+        "std": list(network.view.std),
+    }
+
+
+def write_usage(usage: Usage, path: Path) -> None:
+    """Write it as a JSON file that others may read."""
+    path.write_text(json.dumps(usage, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def other_classes(network: Network, num_classes: int, classes: Sequence[str] | None) -> str:
+    """Return how the classes of network and data differ; empty where they agree as far as they are known."""
+    known = network.arguments.get("num_classes", network.usage.get("num_classes", num_classes))
+    if known != num_classes:
+        return f"it knows {known:,} classes, the data {num_classes:,}"
+    names = network.usage.get("classes")
+    for label, (its, the_data) in enumerate(zip(names or (), classes or (), strict=False)):
+        if its != the_data:
+            return f"its class {label} is {its!r}, and that of the data {the_data!r}"
+    return ""
