@@ -17,6 +17,7 @@ from tat_jax.batch import Batch
 from tat_jax.build import Built, build
 from tat_jax.checkpoints import Restored, RunCheckpoints
 from tat_jax.data.pipeline import Pipeline, open_pipeline
+from tat_jax.data.source import notes
 from tat_jax.distill import Recipe, TrainState
 from tat_jax.evaluate import Evaluation, Stopped, evaluate
 from tat_jax.losses import Own
@@ -137,6 +138,7 @@ class _Training:
             run_folder.write_config(config, folder, self._position.step, changed=bool(differences))
             if self._show:
                 print(self._summary(restored, differences), flush=True)
+                pictures.draw_images(self._data, self._eval_data, folder / "images.png")
             self._bar = opened.enter_context(
                 progress(
                     config.epochs * self._position.epoch_images,
@@ -324,6 +326,8 @@ class _Training:
                 f"  loss     {' + '.join(map(str, self._built.terms))}",
                 f"  data     {len(data.source):,} training images, {len(self._eval_data.source):,} to "
                 f"validate, {data.source.num_classes} classes, {data.steps_per_epoch:,} steps an epoch",
+                f"  images   {self._built.recipe.task.preparation(self._config.data)}, to validate",
+                *(f"  note     {line}" for of in (data, self._eval_data) for line in notes(of.source)),
                 f"  devices  {self._mesh.size} × {self._mesh.devices.flat[0].device_kind}",
             ]
         )

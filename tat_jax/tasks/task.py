@@ -37,6 +37,10 @@ class Task(ABC):
         """Raise a ValueError if `data` asks for what `transform` cannot do."""
         return
 
+    def preparation(self, data: ConfigDict) -> str:
+        """Say in a few words how images are transformed to be evaluated."""
+        return f"{data.image_size} × {data.image_size} pixels"
+
     @abstractmethod
     def transform(
         self,
