@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from tat_jax import experiment, networks, sharding
 from tat_jax.batch import Batch
 from tat_jax.data.pipeline import Pipeline, open_pipeline
+from tat_jax.data.source import class_names
 from tat_jax.metrics import progress
 from tat_jax.networks import OwnNetwork
 from tat_jax.tasks import TASKS
@@ -65,7 +66,7 @@ def run(
     pipeline = open_pipeline(config, "val", batch_size=sharding.round_up(config.batch_size, mesh))
     if network.origin["head"] == "fresh":
         raise ValueError(f"{place} has a head that was never trained: its logits mean nothing")
-    if wrong := other_classes(network, pipeline.source.num_classes, pipeline.source.classes):
+    if wrong := other_classes(network, pipeline.source.num_classes, class_names(pipeline.source)):
         raise ValueError(f"{place} has other classes: {wrong}; name data of its own")
     graph, state = nnx.split(network.view)
     state = jax.device_put(state, sharding.replicated(mesh))

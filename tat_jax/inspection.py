@@ -20,6 +20,7 @@ from tat_jax.build import Built, all_terms, build, build_student, build_teacher,
 from tat_jax.checkpoints import read_provenance
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.sample import Sample
+from tat_jax.data.source import class_names
 from tat_jax.evaluate import evaluate
 from tat_jax.losses import Own
 from tat_jax.networks import Network, OwnNetwork
@@ -130,7 +131,7 @@ def measure_teacher(
         return "left out: its head is not trained", None
     if teacher.origin["head"] == "random":
         return "left out: its weights are random", None
-    if wrong := other_classes(teacher, sample.num_classes, sample.classes):
+    if wrong := other_classes(teacher, sample.num_classes, class_names(sample)):
         return f"left out: {wrong}", None
     if watch(teacher.view, (), config.data.image_size).logits is None:
         return "left out: it gives no logits", None
@@ -178,7 +179,7 @@ def build_training(
         mesh,
         num_classes=data.source.num_classes,
         steps_per_epoch=data.steps_per_epoch,
-        classes=data.source.classes,
+        classes=class_names(data.source),
         student=student,
         teacher=teacher,
         losses=losses,
@@ -187,7 +188,7 @@ def build_training(
     parameters = sum(leaf.size for leaf in jax.tree.leaves(built.state.params))
     lines = [f"{terms}; {config.optimizer.name} trains {parameters:,} parameters"]
     if folder:
-        now = provenance.provenance_of(data.source.classes, built.teacher)
+        now = provenance.provenance_of(class_names(data.source), built.teacher)
         changed = provenance.changes(read_provenance(folder), now, folder)
         lines += [f"changed: {line}" for line in changed]
     return "\n".join(lines), built

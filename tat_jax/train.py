@@ -16,6 +16,7 @@ from tat_jax.batch import Batch
 from tat_jax.build import Built, build
 from tat_jax.checkpoints import Restored, RunCheckpoints, read_provenance
 from tat_jax.data.pipeline import Pipeline, open_pipeline
+from tat_jax.data.source import class_names, notes
 from tat_jax.distill import Recipe, TrainState
 from tat_jax.evaluate import Evaluation, Stopped, evaluate
 from tat_jax.losses import Own
@@ -71,7 +72,7 @@ def run(
         mesh,
         num_classes=data[0].source.num_classes,
         steps_per_epoch=data[0].steps_per_epoch,
-        classes=data[0].source.classes,
+        classes=class_names(data[0].source),
         student=student,
         teacher=teacher,
         losses=losses,
@@ -113,8 +114,8 @@ class _Training:
         self._step_fn = jit_train_step(built.recipe, mesh)
         self._agreement = sharding.Agreement(mesh)
         source = data.source
-        self._provenance = provenance.provenance_of(source.classes, built.teacher)
-        self._usage = usage_of(config, built.student, source.num_classes, source.classes)
+        self._provenance = provenance.provenance_of(class_names(source), built.teacher)
+        self._usage = usage_of(config, built.student, source.num_classes, class_names(source))
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "_Training":
@@ -131,6 +132,7 @@ class _Training:
             if self._show:
                 write_usage(self._usage, folder / "usage.json")
                 print(self._summary(restored, of_config + of_parts), flush=True)
+                pictures.draw_images(self._data, self._eval_data, folder / "images.png")
             self._bar = opened.enter_context(
                 progress(
                     config.epochs * self._position.epoch_images,
@@ -338,6 +340,8 @@ class _Training:
                 f"  loss     {' + '.join(map(str, self._built.terms))}",
                 f"  data     {len(data.source):,} training images, {len(self._eval_data.source):,} to "
                 f"validate, {data.source.num_classes} classes, {data.steps_per_epoch:,} steps an epoch",
+                f"  images   {self._built.recipe.task.preparation(self._config.data)}, to validate",
+                *(f"  note     {line}" for of in (data, self._eval_data) for line in notes(of.source)),
                 f"  devices  {self._mesh.size} × {self._mesh.devices.flat[0].device_kind}",
             ]
         )

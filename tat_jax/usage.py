@@ -26,7 +26,7 @@ def usage_of(config: ConfigDict, network: Network, num_classes: int, classes: Se
     return {
         "num_classes": num_classes,
         "classes": None if classes is None else list(classes),
-        "image": task.preparation(config.data),
+        "image": task.sizes(config.data),
         "mean": list(network.view.mean),
         "std": list(network.view.std),
     }
