@@ -1,6 +1,8 @@
 """A study: trainings in the order of the config, a table that is kept, a teacher trained or given."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,7 +44,7 @@ def test_the_table_is_that_of_the_runs_in_the_order_of_the_config_and_is_kept(do
     for line, name in zip(students, ("kd", "alone"), strict=True):
         seeds = [100 * last(folder / name / f"seed{seed}") for seed in (0, 1)]
         mean = f"{np.mean(seeds):.2f} ± {np.std(seeds, ddof=1):.2f}"
-        assert line.split("   ")[0].split() == [name, *mean.split()]
+        assert line.split("(")[0].split() == [name, *mean.split()]
         assert line.endswith(f"({seeds[0]:.2f}, {seeds[1]:.2f})")
     assert (folder / "table.txt").read_text() == table.strip("\n") + "\n"
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -72,13 +74,16 @@ def test_a_study_that_is_done_is_not_done_again(done, capsys):
 
 
 def test_students_of_another_teacher_are_not_mixed_with_those_of_before(done):
-    config, folder, _ = done
-    longer = config.copy_and_resolve_references()
-    longer.study = base.study((0, 1), {"kd": KD, "alone": {}}, TEACHER | {"epochs": 2})
-    with pytest.raises(
-        ValueError, match=r"study, kd/seed0: .*was trained under another teacher: the SHA-256"
-    ):
-        study.run(longer, folder)
+    _, folder, _ = done
+    other = config_of({"kd": KD, "alone": {}}, teacher=TEACHER | {"seed": 1}, seeds=(0, 1))
+    with pytest.raises(ValueError, match=r"study, teacher: .* holds a run of another config"):
+        study.run(other, folder)
+    (folder / "teacher").rename(folder / "before")
+    message = r"study, kd/seed0: .*was trained under another teacher: the SHA-256"
+    with pytest.raises(ValueError, match=message):
+        study.run(other, folder)
+    shutil.rmtree(folder / "teacher")
+    (folder / "before").rename(folder / "teacher")
 
 
 def test_a_teacher_that_exists_teaches_and_is_measured(done, tmp_path):
@@ -139,7 +144,7 @@ def test_every_training_is_checked_before_the_first_one_begins(tmp_path, student
 def test_the_comparison_on_a_small_folder_fine_tunes_with_one_recipe():
     config = compare.get_config()
     assert study.teacher_of(config).student.architecture == "resnet34"
-    students = study.students_of(config, "runs/compare")
+    students = study.students_of(config, Path("runs/compare"))
     assert list(students) == ["cross-entropy", "kd", "tat", "kd and tat"]
     (both, _) = students["kd and tat"]
     assert (both.losses.kd.weight, both.losses.tat.layer4.weight) == (1.0, 0.2)
