@@ -3,7 +3,11 @@
 The installed command `tat-jax` is the same.
 """
 
-from tat_jax.cli import start
+from tat_jax import signals
 
 if __name__ == "__main__":
-    start()
+    signals.act_at_once()  # while all else is imported, too
+
+    from tat_jax import cli
+
+    cli.start()

@@ -43,7 +43,22 @@ def run_parts(parser: ArgumentParser, parts: Mapping[str, Part], document: Path)
 
 def add_json(parser: ArgumentParser) -> None:
     """Add `--json FILE`, for `publish`."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file, too")
+    parser.add_argument("--json", type=to_write, metavar="FILE", help="write the figures to this file, too")
+
+
+def to_write(text: str) -> Path:
+    """Return the path of a file that is written when all is measured; there is a folder for it."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no file in a folder that exists")
+    return path
+
+
+def to_read(text: str) -> Path:
+    """Return the path of a file that is read when all is measured; it is there."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return Path(text)
 
 
 def publish(tables: Sequence[str], figures: Any, to: Path | None) -> None:

@@ -1,24 +1,23 @@
-"""The command line: `tat-jax --config r18_r34`, which is `python main.py --config configs/r18_r34.py`."""
+"""Distil a network: `tat-jax --config r18_r34`, which is `python main.py --config configs/r18_r34.py`."""
 
+import difflib
 import faulthandler
 import os
-import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-_CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tat_jax" / "xla"
-_CONFIGS = Path(__file__).parent / "configs"
-_DEMO = _CONFIGS / "digits.py"
+from tat_jax import config_files, failures, outputs, overrides, paths, signals
 
-_CONFIG = config_flags.DEFINE_config_file(
+_OF_RUNS = ("best", "last")
+_CONFIG = flags.DEFINE_string(
     "config",
     None,
     "The experiment: a name as r18_r34, a file as configs/r18_r34.py, or a YAML of the published code; "
-    ":smoke after it is its miniature. By default a demonstration.",
+    ":smoke after it is its miniature. By default that of the run in --workdir, else a demonstration.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; runs/<name of the config> if not given.")
 _MODE = flags.DEFINE_enum(
@@ -30,138 +29,219 @@ _MODE = flags.DEFINE_enum(
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "best", "What --mode eval evaluates: best or last of the run, or a folder of weights."
 )
+_OVERRIDES: list[overrides.Override] = []
+
+
+class Experiment(NamedTuple):
+    """What a command is about.
+
+    Attributes:
+        config: of the experiment.
+        folder: of its run.
+        origin: a line that says whose config it is, where the command line does not.
+    """
+
+    config: ConfigDict
+    folder: Path
+    origin: str
 
 
 def start() -> None:
     """Run the command line of this process."""
+    outputs.keep()
+    signals.act_at_once()
     logging.set_verbosity(logging.FATAL)  # Orbax reports every step of every save, and prints what it raises
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=parse_flags)
 
 
-def main(arguments: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Run the experiment that the flags name."""
-    if len(arguments) > 1:
-        raise app.UsageError(f"unknown argument {arguments[1]!r}; flags begin with --")
-
-    import jax  # this and all below after the flags, so that --help answers at once
-
-    from tat_jax import check, evaluate, sharding, signals, study, train
-
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # leave at once; a training catches the first
-    jax.config.update("jax_compilation_cache_dir", str(_CACHE))
-    workdir = _workdir()
+    processes = 1
     try:
+        experiment = read_experiment()
+
+        import jax  # this and all below after the flags, so that mistakes in them are answered at once
+
+        from tat_jax import sharding
+
         sharding.start_processes()
-        if jax.process_count() > 1:
+        sharding.find_devices()
+        processes = jax.process_count()
+        if processes > 1:
             faulthandler.disable()  # JAX aborts the processes that outlive one, and says so
-        if _MODE.value == "eval":
-            print(evaluate.run(_run_config(workdir), workdir, _CHECKPOINT.value))
-            return
-        if _MODE.value == "check":
-            sys.exit(0 if check.run(_CONFIG.value, workdir) else 1)
-        if "study" in _CONFIG.value:
-            report = study.run(_CONFIG.value, workdir)
-        else:
-            report = train.report(_CONFIG.value, train.run(_CONFIG.value, workdir))
-        if jax.process_index() == 0:
-            print(report)
-            print(f"run folder {workdir}, picture {workdir / 'curves.png'}")
+        if experiment.origin and jax.process_index() == 0:
+            print(experiment.origin, file=sys.stderr)
+        _cache_programs()
+        _run(experiment)
     except signals.Interrupted as stopped:
         print(f"{stopped}; the same command continues from there", file=sys.stderr)
         sys.exit(128 + stopped.signal)
     except FloatingPointError as error:  # the same in every process
         sys.exit(f"error: {error}")
-    except (ValueError, OSError) as error:
+    except Exception as error:
         logging.debug("in full:", exc_info=error)  # shown with --verbosity=1
-        print(f"error: {error}", file=sys.stderr)
-        sharding.leave(1)
-    except jax.errors.JaxRuntimeError as error:
-        logging.debug("in full:", exc_info=error)
-        print(f"error: {_of_devices(str(error), jax.process_count())}", file=sys.stderr)
-        sharding.leave(1)
+        said = failures.explain(error, processes=processes)
+        if said is None:
+            raise
+        _leave(f"error: {said}")
 
 
-def _of_devices(message: str, processes: int) -> str:
-    """Say what an error that JAX met on the devices may come of."""
-    said = message.split("\n")[0]
-    if "RESOURCE_EXHAUSTED" in message:
-        return f"the devices' memory is full: lower --config.batch_size, or use more devices; {said}"
-    if processes > 1:
-        return (
-            f"lost one of the {processes} processes; see what it says, and run the same command again; {said}"
-        )
-    return said
+def parse_flags(arguments: list[str]) -> list[str]:
+    """Parse the flags, or say in a line which one is wrong and what may have been meant."""
+    try:
+        from tat_jax import experiment
+
+        if {"--help", "-help", "-h", "-?"} & set(arguments[1:]):
+            print(_help())
+            sys.exit(0)
+        expanded = flags.FLAGS.read_flags_from_files(arguments, force_gnu=False)
+        others, _OVERRIDES[:] = overrides.split(expanded, experiment.FIELDS)
+        left = flags.FLAGS(others)[1:]
+        if left:
+            raise ValueError(f"unknown argument {left[0]!r}; flags begin with --")
+        if _MODE.value == "eval":
+            _checkpoint()
+        elif flags.FLAGS["checkpoint"].present:
+            raise ValueError(
+                "--checkpoint is for --mode eval; a training starts from --config.student.weights=FOLDER"
+            )
+    except flags.UnrecognizedFlagError as error:
+        sys.exit(f"error: {_unknown_flag(error)}")
+    except (flags.Error, ValueError, ImportError) as error:
+        sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()}")
+    return arguments[:1]
 
 
-def _workdir() -> Path:
-    """Return the run's folder: that of the flag, or one of the config's name."""
-    file, argument = _parts(config_flags.get_config_filename(flags.FLAGS["config"]))
-    named_by = _parts(argument)[0] if file.endswith("torchdistill.py") else file
-    return Path(_WORKDIR.value or Path("runs") / Path(named_by).stem)
+def read_experiment() -> Experiment:
+    """Return what the flags name.
 
-
-def _run_config(workdir: Path) -> ConfigDict:
-    """Return the config of the run in `workdir`, unless --config names another."""
-    from tat_jax import experiment, run_folder
-
-    if config_flags.get_config_filename(flags.FLAGS["config"]) == str(_DEMO):
-        return run_folder.read_config(workdir, experiment.FIELDS) or _CONFIG.value
-    return _CONFIG.value
-
-
-def _parts(config: str) -> tuple[str, str]:
-    """Return the file of a config and what follows its colon."""
-    file, _, argument = config.partition(":")
-    return file, argument
-
-
-def _find(config: str) -> str:
-    """Return the file of a config that may be named, or be a YAML of the published code, with its argument.
+    The config is that of --config; without one that of the run in --workdir; where there is none, the
+    demonstration. What the command line says of its fields goes before what it says itself.
 
     Raises:
-        ValueError: there is no config of that name.
+        ValueError: there is no such config, a field or its value is not allowed, or without --config there
+            is something else in the folder than a training may go into or an evaluation needs.
     """
-    file, argument = _parts(config)
-    if file.endswith((".yaml", ".yml")):
-        return f"{_CONFIGS / 'torchdistill.py'}:{config}"
-    if file.endswith(".py") or "/" in file:
-        return config
-    names = {path.stem for path in _CONFIGS.glob("[!_]*.py")} - {"base", "torchdistill"}
-    if file not in names:
+    from tat_jax import experiment, run_folder
+
+    folder, origin = _folder(), ""
+    if _CONFIG.value is not None:
+        config = config_files.load(_CONFIG.value)
+    else:
+        run = _run_of(folder)
+        config = run_folder.read_config(run, experiment.FIELDS)
+        origin = f"without --config: that of the run, {run / 'config.json'}"
+        if config is None:
+            _check_may_be_demo(run)
+            config = config_files.load(config_files.DEMO)
+            origin = f"without --config: the demonstration, {config_files.DEMO}"
+    overrides.apply(config, _OVERRIDES, experiment.FIELDS)
+    config_files.expand_home(config)
+    return Experiment(config, folder, origin)
+
+
+def _folder() -> Path:
+    """Return the run's folder: that of the flag, or one of the config's name."""
+    if _WORKDIR.value is None:
+        return Path("runs") / config_files.name(_CONFIG.value or config_files.DEMO)
+    if not _WORKDIR.value:
+        raise ValueError("--workdir is empty; it names the folder of the run")
+    folder = paths.local(_WORKDIR.value)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--workdir={folder} is a file, and must be the folder of the run")
+    return folder
+
+
+def _checkpoint() -> str:
+    """Return what is to be evaluated."""
+    which = _CHECKPOINT.value
+    if which in _OF_RUNS:
+        return which
+    if not which or not paths.local(which).exists():
         raise ValueError(
-            f"no config {file!r}; there are {', '.join(sorted(names))}, and your own, as mine.py"
+            f"--checkpoint={which}: there is no such folder; best, last, weights or a run is taken"
         )
-    return f"{_CONFIGS / file}.py{f':{argument}' if argument else ''}"
+    return str(paths.local(which))
 
 
-def _with_config_found(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with the config's file in the place of its name."""
-    found, given = [arguments[0]], False
-    rest = iter(arguments[1:])
-    for argument in rest:
-        name, equals, value = argument.partition("=")
-        if name.lstrip("-") == "config" and name.startswith("-"):
-            given = True
-            argument = f"--config={_find(value if equals else next(rest, ''))}"
-        found.append(argument)
-    return found if given else [found[0], f"--config={_DEMO}", *found[1:]]
+def _run_of(folder: Path) -> Path:
+    """Return the folder whose config counts: of an evaluation of another run alone, that run."""
+    if _MODE.value == "eval" and _WORKDIR.value is None and _checkpoint() not in _OF_RUNS:
+        return Path(_checkpoint())
+    return folder
 
 
-def _parse_flags(arguments: list[str]) -> list[str]:
-    """Parse the flags, or say in a line or two which one is wrong and what may have been meant."""
-    if "--help" in arguments[1:]:
-        print(_help())
-        sys.exit(0)
+def _check_may_be_demo(folder: Path) -> None:
+    """Raise a ValueError where the demonstration can hardly be meant: there is no run, or something else."""
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if _MODE.value == "eval":
+        within = f", but of a study, {', '.join(there)}" if "teacher" in there else ""
+        raise ValueError(f"no run in {folder}{within}: name one with --workdir, or a config with --config")
+    if _MODE.value == "train" and there and "teacher" not in there:
+        raise ValueError(
+            f"{folder} holds no run, but {', '.join(there[:3])}{' …' * (len(there) > 3)}: name the config "
+            "with --config, or another --workdir"
+        )
+
+
+def _run(experiment: Experiment) -> None:
+    import jax
+
+    from tat_jax import check, evaluate, study, train
+
+    config, folder, _ = experiment
+    if _MODE.value == "eval":
+        print(evaluate.run(config, folder, _checkpoint()))
+    elif _MODE.value == "check":
+        if not check.run(config, folder):
+            sys.exit(1)
+    else:
+        if "study" in config:
+            report = study.run(config, folder)
+        else:
+            report = train.report(config, train.run(config, folder))
+        if jax.process_index() == 0:
+            print(report)
+            print(f"run folder {folder}, picture {folder / 'curves.png'}")
+    if _MODE.value != "train" and outputs.are_lost():
+        sys.exit(1)  # to say what it found was all that it was for
+
+
+def _leave(message: str) -> NoReturn:
+    """End this process at once; an ordinary end waits for other processes, which may wait for this one."""
+    print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _cache_programs() -> None:
+    """Keep compiled programs for the next start, where there is a place for them."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
     try:
-        return flags.FLAGS(_with_config_found(arguments))
-    except flags.Error as error:
-        sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        # config_flags wraps the ConfigDict's own message in other exceptions.
-        message: object = error
-        while isinstance(message, Exception) and message.args:
-            message = message.args[0]
-        sys.exit(f"error: {message}")
+        folder = paths.cache() / "xla"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} cannot be written")
+    except (ValueError, OSError) as error:
+        if jax.process_index() == 0:
+            why = failures.explain(error)
+            print(f"every start compiles anew: {why}; XDG_CACHE_HOME names another folder", file=sys.stderr)
+    else:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _unknown_flag(error: flags.UnrecognizedFlagError) -> str:
+    from tat_jax import experiment, fields
+
+    known = [line.split("=")[0] for line in fields.lines(experiment.FIELDS)]
+    meant = [name for name in known if name.split(".")[-1] == error.flagname.split(".")[-1]]
+    meant = meant or difflib.get_close_matches(error.flagname, known, n=1)
+    hint = f"; did you mean {' or '.join(f'--config.{name}' for name in meant)}?" if meant else ""
+    return f"{str(error).strip()}{hint}"
 
 
 def _help() -> str:

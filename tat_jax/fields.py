@@ -6,12 +6,14 @@ holds, what is checked, what `--help` lists and what a continued run may do othe
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+from tat_jax import paths
 
 
 class Rule(NamedTuple):
@@ -93,6 +95,7 @@ POSITIVE = Rule("a number greater than 0", lambda value: is_number(value) and va
 NOT_NEGATIVE = Rule("a number from 0 on", lambda value: is_number(value) and value >= 0)
 SHARE = Rule("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
 TEXT = Rule("a text that is not empty", lambda value: isinstance(value, str) and value != "")
+FOLDER = Rule(f"a folder {paths.LOCAL}", lambda value: TEXT.holds(value) and not paths.is_bucket(value))
 YES_OR_NO = Rule("True or False", lambda value: isinstance(value, bool))
 RISING_EPOCHS = Rule("rising epochs, each a whole number from 1 on", _are_rising)
 
@@ -139,8 +142,29 @@ def wrong(fields: Fields, values: Mapping[str, Any], prefix: str = "") -> Iterat
         elif found is not None:
             yield f"{prefix}{name}={value!r}: it has fields of its own, {', '.join(found)}"
         else:
-            near = difflib.get_close_matches(name, fields, n=1)
-            yield f"{prefix}{name} is no field" + (f"; did you mean {prefix}{near[0]}?" if near else "")
+            yield unknown(name, fields, prefix)
+
+
+def unknown(name: str, there: Iterable[str], prefix: str, fields: Fields | None = None) -> str:
+    """Return what to say of a name that is none of those that are `there`.
+
+    Args:
+        name: behind `prefix`, as in "optimizer.".
+        there: the fields below that prefix.
+        prefix: where it was looked for.
+        fields: all, among which it may lie elsewhere.
+    """
+    there = list(there)
+    near = [prefix + match for match in difflib.get_close_matches(name, there, n=1)]
+    near = near or [path for path in _names(fields or {}) if path.endswith(f".{name}")]
+    if near:
+        return f"{prefix}{name} is no field; did you mean {' or '.join(near)}?"
+    return f"{prefix}{name} is no field; {prefix[:-1] or 'the config'} has {', '.join(there)}"
+
+
+def _names(fields: Fields, prefix: str = "") -> Iterator[str]:
+    for name, field in fields.items():
+        yield from [prefix + name] if isinstance(field, Field) else _names(field, f"{prefix}{name}.")
 
 
 def _required(field: Field | Fields, name: str) -> Iterator[str]:

@@ -16,6 +16,7 @@ import jax
 from tqdm.auto import tqdm
 
 Row = dict[str, float]
+_UNSEEN = contextlib.suppress(OSError, ValueError)  # of streams: gone, closed, or without a character
 
 
 class MetricWriter:
@@ -119,22 +120,43 @@ def progress(
 
     Where nobody watches, as in a log file, it writes a line a minute instead of ten a second.
     """
-    return tqdm(
+    return _Bar(
         total=total,
         initial=initial,
         desc=description,
         unit=" images",
         leave=leave,
-        disable=not show,
-        mininterval=0.1 if sys.stderr.isatty() else 60,
-        dynamic_ncols=True,
+        disable=not show or sys.stderr is None,
         smoothing=0.05,
+        **_pace(),
     )
 
 
 def progress_of_bytes(total: int, *, description: str) -> tqdm:
     """Return a bar that counts bytes."""
-    return tqdm(total=total or None, desc=description, unit="B", unit_scale=True, dynamic_ncols=True)
+    return _Bar(total=total or None, desc=description, unit="B", unit_scale=True, **_pace())
+
+
+def _pace() -> dict[str, Any]:
+    seconds = 0.1 if sys.stderr and sys.stderr.isatty() else 60
+    return {"mininterval": seconds, "maxinterval": max(10, seconds), "dynamic_ncols": True}
+
+
+class _Bar(tqdm):
+    """A bar that may lose whoever watches it: the work that it counts goes on."""
+
+    def display(self, *arguments: Any, **options: Any) -> Any:
+        with _UNSEEN:
+            return super().display(*arguments, **options)
+
+    def close(self) -> None:
+        with _UNSEEN:
+            super().close()
+
+    @classmethod
+    def write(cls, *arguments: Any, **options: Any) -> None:
+        with _UNSEEN:
+            super().write(*arguments, **options)
 
 
 class StepLog:

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
@@ -55,11 +55,33 @@ def start_processes() -> None:
         waiting.cancel()
 
 
-def leave(code: int) -> NoReturn:
-    """End this process at once; an ordinary end waits for other processes, which may wait for this one."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def find_devices() -> None:
+    """Start the devices of this process.
+
+    Raises:
+        OSError: there are none, or not those that JAX_PLATFORMS names; with those that there are.
+    """
+    asked = os.environ.get("JAX_PLATFORMS")
+    try:
+        jax.devices()
+    except Exception as error:  # whatever the plug-in of a platform raises
+        reason = str(error).split("\n")[0].partition(" (set JAX_PLATFORMS")[0].partition(" (you may need")[0]
+        if not asked:
+            raise OSError(f"no devices: {reason}; JAX_PLATFORMS=cpu computes without them") from error
+        there = _platforms()
+        raise OSError(
+            f"no devices: JAX_PLATFORMS={asked}, {reason or 'of which this machine has none'}; "
+            f"there are {there}; take one of them, or none and leave the choice to JAX"
+        ) from error
+
+
+def _platforms() -> str:
+    """Return the platforms of devices that there are, whatever JAX_PLATFORMS says."""
+    jax.config.update("jax_platforms", "")
+    try:
+        return ", ".join(sorted({device.platform for device in jax.devices()} | {"cpu"}))
+    except Exception:  # whatever the plug-in of a platform raises
+        return "cpu"
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -1,8 +1,12 @@
-"""SIGINT and SIGTERM, which end a training in order."""
+"""SIGINT, SIGTERM and SIGHUP, which end a training in order."""
 
+import contextlib
 import os
 import signal
+import threading
 from typing import Any, Self
+
+_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(Exception):
@@ -17,8 +21,18 @@ class Interrupted(Exception):
         self.signal = number
 
 
+def act_at_once() -> None:
+    """Let Ctrl-C end this process without a stack trace; whoever started it to ignore Ctrl-C is obeyed."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class StopSignals:
-    """SIGINT and SIGTERM: the first is noted for the loop to see, the second acts as always.
+    """SIGINT, SIGTERM and SIGHUP: the first is noted for the loop to see, the second acts as always.
+
+    A terminal that closes may send SIGHUP several times, so that it never counts as the second. What the
+    process was started to ignore, as with nohup, stays ignored. In a thread beside the main one, where Python
+    takes no signals, none is noted.
 
     Attributes:
         received: the number of the first, 0 before.
@@ -32,19 +46,25 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        # A terminal that closes sends SIGHUP again while the last checkpoint is still being written.
+        self._restore(*(number for number in _NUMBERS if number != signal.SIGHUP or not self.received))
 
     def listen(self) -> None:
         """Note signals from now on; while the first step is compiled they act as always: nothing is lost."""
-        if not self._before:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+        if not self._before and threading.current_thread() is threading.main_thread():
+            for number in _NUMBERS:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
+        if self.received:  # SIGHUP once more
+            return
         self.received = number
-        self._restore()
-        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may be at work already
+        self._restore(signal.SIGINT, signal.SIGTERM)
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may be at work
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def _restore(self, *numbers: int) -> None:
+        for number in numbers:
+            if number in self._before:
+                signal.signal(number, self._before[number])

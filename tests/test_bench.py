@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from proofs.bench import growth, loop, loss, sidebyside
 from proofs.bench import input as bench_input
-from proofs.bench import loop, loss, sidebyside
 from proofs.bench.growth import Machine, estimate, plot
 from proofs.bench.sidebyside import Row, compare_times
 from proofs.bench.step import roofline
@@ -24,6 +24,14 @@ def test_the_loss_is_compared_at_once_and_beside_pytorch_and_written_as_json(tmp
     assert all({"name", "ours", "rival", "ratio", "bound", "unit"} <= row.keys() for row in rows)
     assert all(row["ours"] > 0 and row["ratio"] == row["rival"] / row["ours"] for row in rows)
     assert rows[2]["name"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--json=none/rows.json", "--json=.", "--plot=none/a.png", "--input=none"])
+def test_a_file_that_cannot_be_is_refused_before_anything_is_measured(option, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["proofs.bench.growth", option])
+    with pytest.raises(SystemExit):
+        growth.main()
+    assert option.partition("=")[2] in capsys.readouterr().err
 
 
 def test_a_ratio_above_one_means_that_ours_takes_less_time(monkeypatch):

@@ -97,6 +97,18 @@ def test_an_unknown_field_comes_with_the_one_that_may_be_meant(name, meant):
         experiment.check(changed(name, 0.1))
 
 
+def test_an_unknown_field_that_is_like_none_comes_with_those_there_are():
+    with pytest.raises(ValueError, match=r"optimizer.lr is no field; optimizer has name, learning_rate, "):
+        experiment.check(changed("optimizer.lr", 0.1))
+
+
+@pytest.mark.parametrize("name", ["data.root", "student.weights", "teacher.weights"])
+@pytest.mark.parametrize("bucket", ["gs://bucket/x", "s3://bucket/x", "hdfs:/x", "file:///x", "gs:/x"])
+def test_a_bucket_is_no_folder(name, bucket):
+    with pytest.raises(ValueError, match=f"{name}='{bucket}': allowed is a folder on a disk.*mount a bucket"):
+        experiment.check(changed(name, bucket))
+
+
 def test_a_missing_field_is_named():
     config = base.base()
     with config.unlocked():

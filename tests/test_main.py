@@ -1,21 +1,51 @@
 """The command line: a mistake is answered in a line or two that name it, never with a stack trace."""
 
+import json
+import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
+import jax
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
-from tat_jax import cli
+from tat_jax import cli, failures, networks, paths, sharding
+from tat_jax.configs import base, r18_r34
+from tat_jax.weights import store
 
 MAIN = Path(__file__).parents[1] / "main.py"
 
 
-def answer(*arguments, folder):
+@pytest.fixture(autouse=True)
+def here(monkeypatch, tmp_path):
+    """Work in an empty folder, and leave no flag set."""
+    monkeypatch.chdir(tmp_path)
+    with flagsaver.flagsaver():
+        flags.FLAGS.unparse_flags()
+        yield tmp_path
+
+
+def read(*arguments):
+    """Return the experiment that a command line names, as the command reads it."""
+    cli.parse_flags(["main.py", *arguments])
+    return cli.read_experiment()
+
+
+def refusal(*arguments):
+    """Return what a command line is answered that cannot be meant."""
+    with pytest.raises((ValueError, SystemExit)) as refused:
+        read(*arguments)
+    return str(refused.value)
+
+
+def command(*arguments, **environment):
     process = subprocess.run(
         [sys.executable, MAIN, *arguments],
-        cwd=folder,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=300,
@@ -24,46 +54,286 @@ def answer(*arguments, folder):
     return process.returncode, process.stderr + process.stdout
 
 
+def write_run(folder, **changes):
+    """Write what says that a folder holds a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = r18_r34.get_config("smoke")
+    config.update(changes)
+    (folder / "config.json").write_text(json.dumps(json.loads(config.to_json())))
+
+
+# What cannot be meant
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.batch_sise=3"], 'Did you mean "batch_size" instead of "batch_sise"?'),
-        (["--config.losses.tat.layer4.wieght=3"], 'Did you mean "weight" instead of "wieght"?'),
-        (["--config.batch_size=many"], "--config.batch_size=many"),
+        (["--config.batch_sise=3"], "batch_sise is no field; did you mean batch_size?"),
+        (["--config.batch_size=many"], "--config.batch_size=many: allowed is a whole number from 1 on"),
+        (["--config=r18_r34:smok"], "takes the argument 'smoke' or none, not 'smok'"),
+        (["--config=nothing.py"], "no file nothing.py"),
+        (["--config="], "no config ''; there are digits"),
+        (["--config"], "Missing value for flag --config"),
+        (["--config", "--workdir", "x"], "'x'"),
+        (["--config=base"], "no config 'base'"),
+        (["--confg=r18_r34"], "Unknown command line flag 'confg'"),
+        (["--learning_rate=1"], "did you mean --config.optimizer.learning_rate?"),
+        (["--batch_sise=1"], "did you mean --config.batch_size?"),
+        (["--mode=evl"], "value should be one of <train|eval|check>"),
+        (["eval"], "unknown argument 'eval'; flags begin with --"),
+        (["--", "--mode=eval"], "unknown argument '--mode=eval'"),
+        (["--workdir="], "--workdir is empty"),
+        (["--workdir=file"], "--workdir=file is a file, and must be the folder of the run"),
+        (["--workdir=gs://bucket/run"], "gs://bucket/run is not on a disk of this machine; mount a bucket"),
+        (["--mode=check", "--workdir=gs:/bucket/run"], "gs:/bucket/run is not on a disk of this machine"),
+        (["--workdir=~nobody-of-this-name"], "there is no such home folder"),
+        (["--checkpoint=last"], "--checkpoint is for --mode eval"),
+        (["--mode=eval", "--checkpoint="], "there is no such folder; best, last, weights or a run is taken"),
         (
-            [f"--config={MAIN.parent}/configs/r18_r34.py:smok"],
-            "takes the argument 'smoke' or none, not 'smok'",
+            ["--mode=eval", "--checkpoint=bset"],
+            "--checkpoint=bset: there is no such folder; best, last, weights or a run is taken",
         ),
-        (["--config=nothing.py"], "nothing.py"),
-        ([f"--config={MAIN.parent}/configs/r18_r34.py"], "no folder data/imagenet"),
-        (
-            ["--mode=eval", "--workdir=runs/none"],
-            "no checkpoint in runs/none: train one with main.py --workdir",
-        ),
-        (["--mode=eval", "--checkpoint=weights/none"], "weights/none"),
+        (["--mode=eval", "--checkpoint=s3://bucket/run"], "s3://bucket/run is not on a disk of this machine"),
+        (["--mode=eval", "--workdir=runs/none"], "no run in runs/none: name one with --workdir"),
+        (["--mode=eval", "--checkpoint=folder"], "no run in folder: name one with --workdir"),
+        (["--flagfile=nothing"], "nothing"),
     ],
 )
-def test_a_mistake_is_named(arguments, message, tmp_path):
-    code, text = answer(*arguments, folder=tmp_path)
-    assert code == 1
-    assert message in text
-    assert "Traceback" not in text
-    assert len(text.strip().splitlines()) <= 4
-    assert list(tmp_path.iterdir()) == []
+def test_a_mistake_is_named_in_a_line(arguments, message, here):
+    (here / "file").touch()
+    (here / "folder").mkdir()
+    said = refusal(*arguments)
+    assert message in said
+    assert "\n" not in said
+    assert {path.name for path in here.iterdir()} == {"file", "folder"}
 
 
 @pytest.mark.parametrize(
-    ("said", "processes", "answer"),
+    ("arguments", "environment", "message"),
     [
-        ("RESOURCE_EXHAUSTED: Out of memory\nallocating", 1, "memory is full: lower --config.batch_size"),
-        ("UNKNOWN: Gloo all-reduce failed", 2, "lost one of the 2 processes; .*run the same command again"),
-        ("INTERNAL: something else", 1, "^INTERNAL: something else$"),
+        (["--config.epochs=ten"], {}, "error: --config.epochs=ten: allowed is"),
+        (["--config=r18_r34"], {}, "no folder data/imagenet"),
+        (
+            ["--config=r18_r34:smoke"],
+            {"JAX_PLATFORMS": "nonsense"},
+            "JAX_PLATFORMS=nonsense, .*there are cpu",
+        ),
+        (["--config=r18_r34:smoke"], {"JAX_ENABLE_X64": "maybe"}, "error: .*JAX_ENABLE_X64"),
     ],
 )
-def test_what_the_devices_report_comes_with_what_it_may_come_of(said, processes, answer):
-    assert re.search(answer, cli._of_devices(said, processes))
+def test_the_command_says_what_is_wrong_without_a_stack_trace_and_leaves_nothing(
+    arguments, environment, message, here
+):
+    code, text = command(*arguments, **environment)
+    assert code == 1
+    assert re.search(message, text)
+    assert "Traceback" not in text
+    assert len(text.strip().splitlines()) <= 2
+    assert list(here.iterdir()) == []
 
 
-def test_help_names_the_flags(tmp_path):
-    _, text = answer("--help", folder=tmp_path)
-    assert all(flag in text for flag in ("--config", "--workdir", "--mode", "--checkpoint"))
+@pytest.mark.parametrize(
+    ("error", "processes", "answer"),
+    [
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: a\nb"),
+            1,
+            "memory is full: lower --config.batch_size",
+        ),
+        (
+            jax.errors.JaxRuntimeError("UNKNOWN: Gloo"),
+            2,
+            "lost one of the 2 processes; .*run the same command",
+        ),
+        (jax.errors.JaxRuntimeError("INTERNAL: a\nb"), 1, "^INTERNAL: a$"),
+        (MemoryError("Unable to allocate 3 GiB"), 1, "memory is full: lower .*Unable to allocate 3 GiB"),
+        (OSError(28, "No space left on device", "runs/x"), 1, "^runs/x: No space left on device; make room"),
+        (PermissionError(13, "Permission denied", "runs/x"), 1, "^runs/x: Permission denied$"),
+        (OSError("nothing more is saved"), 1, "^nothing more is saved$"),
+        (ValueError("a config\n  of two lines"), 1, "^a config\n  of two lines$"),
+        (ModuleNotFoundError("No module named 'torch'"), 1, "^No module named 'torch'$"),
+    ],
+)
+def test_what_libraries_and_the_machine_refuse_comes_with_what_it_may_come_of(error, processes, answer):
+    assert re.search(answer, failures.explain(error, processes=processes))
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("evaluated 3 of 4"), TypeError("x")])
+def test_what_may_be_a_fault_of_this_code_keeps_its_stack_trace(error):
+    assert failures.explain(error) is None
+
+
+def test_devices_that_do_not_start_are_told_with_the_way_out(monkeypatch):
+    def fail():
+        raise RuntimeError("Unable to initialize backend 'tpu': in use (you may need to uninstall it)\nmore")
+
+    monkeypatch.setattr(jax, "devices", fail)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    with pytest.raises(OSError, match=r"'tpu': in use; JAX_PLATFORMS=cpu computes without them$"):
+        sharding.find_devices()
+
+
+def test_devices_that_are_asked_for_and_not_there_are_told_with_those_there_are(monkeypatch):
+    def fail():
+        raise AssertionError  # as JAX does of cuda where no GPU is to be seen
+
+    monkeypatch.setattr(jax, "devices", fail)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(OSError, match=r"JAX_PLATFORMS=cuda, of which this machine has none; there are cpu;"):
+        sharding.find_devices()
+
+
+# Whose config it is
+
+
+def test_without_a_config_it_is_that_of_the_run_with_what_the_command_line_says(here):
+    write_run(here / "run", epochs=7, seed=3)
+    for mode in ("train", "eval", "check"):
+        config, folder, origin = read(
+            "--workdir=run", f"--mode={mode}", "--config.epochs=9", "--config.data.root=/nowhere"
+        )
+        assert (config.epochs, config.seed, config.data.root) == (9, 3, "/nowhere")
+        assert (str(folder), origin) == ("run", "without --config: that of the run, run/config.json")
+
+
+def test_a_config_that_is_named_goes_before_that_of_the_run(here):
+    write_run(here / "run", seed=3)
+    config, _, origin = read("--workdir=run", "--config=r18_r34")
+    assert (config.seed, origin) == (0, "")
+
+
+def test_an_evaluation_of_another_run_alone_has_the_config_of_that_run(here):
+    write_run(here / "run", seed=3)
+    assert read("--mode=eval", "--checkpoint=run").config.seed == 3
+
+
+def test_without_a_config_and_a_run_it_is_the_demonstration_and_said(here):
+    (here / "empty").mkdir()
+    (here / "study" / "teacher").mkdir(parents=True)
+    for arguments, folder in (
+        ([], "runs/digits"),
+        (["--workdir=new"], "new"),
+        (["--workdir=empty"], "empty"),
+        (["--workdir=study"], "study"),
+    ):
+        demo = read(*arguments, "--config.seed=1")
+        assert (demo.config.study.seeds, demo.config.seed, str(demo.folder)) == ((0, 1, 2), 1, folder)
+        assert demo.origin.startswith("without --config: the demonstration")
+        flags.FLAGS.unparse_flags()
+
+
+def test_the_demonstration_goes_into_no_folder_of_something_else(here):
+    (here / "photographs" / "cat").mkdir(parents=True)
+    assert refusal("--workdir=photographs").startswith("photographs holds no run, but cat: name the config")
+
+
+def test_an_evaluation_of_a_study_names_its_runs(here):
+    for name in ("teacher", "kd"):
+        (here / "study" / name).mkdir(parents=True)
+    assert "of a study, kd, teacher: name one" in refusal("--mode=eval", "--workdir=study")
+
+
+@pytest.mark.parametrize("given", [["--config", "r18_r34"], ["--config=r18_r34"], ["-config=r18_r34"]])
+def test_a_flag_takes_its_value_either_way_and_the_run_has_the_name_of_the_config(given):
+    config, folder, _ = read(*given, "--config.seed=1")
+    assert (config.bn_group, config.seed, str(folder)) == (256, 1, "runs/r18_r34")
+
+
+def test_of_a_flag_that_is_given_twice_the_later_counts():
+    config, folder, _ = read("--config=r18_r34", "--workdir=a", "--config=supervised", "--workdir=b")
+    assert (config.student.architecture, str(folder)) == ("resnet34", "b")
+
+
+def test_the_home_folder_is_found_in_every_path(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    write_run(here / "run")
+    config, folder, _ = read(
+        "--mode=eval", "--workdir=~/run", "--checkpoint=~/run", "--config.data.root=~/images"
+    )
+    assert (folder, config.data.root) == (here / "run", str(here / "images"))
+
+
+# Where programs are cached
+
+
+@pytest.mark.parametrize(
+    ("named", "home", "folder"),
+    [("/cache", "/home/me", "/cache/tat_jax"), ("cache", "/home/me", "/home/me/.cache/tat_jax")],
+)
+def test_the_cache_lies_in_an_absolute_folder(named, home, folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", named)
+    monkeypatch.setenv("HOME", home)
+    assert paths.cache() == Path(folder)
+
+
+def test_a_user_without_a_home_folder_has_no_cache(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where neither HOME nor passwd says one
+    with pytest.raises(ValueError, match="no home folder"):
+        paths.cache()
+
+
+# The command as a whole
+
+
+def test_help_names_the_flags():
+    code, text = command("--help", PYTHONIOENCODING="ascii")
+    assert code == 0
+    assert all(
+        flag in text for flag in ("--config", "--workdir", "--mode", "--checkpoint", "--config.epochs")
+    )
+
+
+TRAINING = """
+    import sys
+    from flax import nnx
+    from tat_jax import outputs, train
+    from tat_jax.configs import r18_r34_ce
+    from tests.tiny import Tiny
+
+    outputs.keep()
+    config = r18_r34_ce.get_config("smoke")
+    config.epochs = 2
+    config.data.update({"image_size": 16, "eval_resize": 16})
+    evaluations = train.run(config, sys.argv[1], student=Tiny(2, classes=10, rngs=nnx.Rngs(0)))
+    print(train.report(config, evaluations))
+"""
+
+
+def test_a_run_whose_outputs_are_lost_is_trained_evaluated_and_saved(here):
+    with open("/dev/full", "w") as full:
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(TRAINING), here / "run"],
+            cwd=MAIN.parent,
+            env=os.environ | {"PYTHONIOENCODING": "ascii"},
+            stdout=full,
+            stderr=full,
+            timeout=300,
+            check=True,
+        )
+    rows = [json.loads(line) for line in (here / "run" / "metrics.jsonl").read_text().splitlines()]
+    evaluated = {row["epoch"]: row["step"] for row in rows if "epoch" in row}
+    assert list(evaluated) == [1, 2]
+    assert (here / "run" / "checkpoints" / str(evaluated[2])).is_dir()
+
+
+def test_an_evaluation_that_nobody_hears_has_failed(here):
+    entry = base.network("resnet18", "random", width=1)
+    network = networks.build(entry, num_classes=10, dtype="float32", seed=0, fit_head=False)
+    weights = store.network_weights(network.view.network)
+    origin = {"head": "trained", "source": "a test"}
+    store.save_network(here / "weights", store.StoredNetwork(weights, network.arguments, origin))
+    arguments = [
+        "--mode=eval",
+        "--config=r18_r34:smoke",
+        "--checkpoint=weights",
+        "--config.data.image_size=32",
+    ]
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, MAIN, *arguments], stdout=full, stderr=subprocess.PIPE, timeout=300, check=False
+        )
+    assert process.returncode == 1
+    assert b"stdout cannot be written: No space left on device" in process.stderr
+    assert b"Traceback" not in process.stderr

@@ -63,3 +63,38 @@ def test_a_damaged_line_of_the_log_is_named_and_one_that_was_cut_off_is_not_miss
     log.write_bytes(b'{"step": 1}\n{"st\xffp": 2}\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is damaged"):
         read_rows(tmp_path)
+
+
+class Gone:
+    """A stream that nobody takes anything from."""
+
+    encoding = "utf-8"
+
+    def __init__(self, error):
+        self._error = error
+
+    def write(self, text):
+        raise self._error
+
+    flush = isatty = lambda self: False
+
+
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(32, ""), OSError(28, ""), OSError(5, ""), ValueError("closed file")], ids=repr
+)
+def test_a_bar_that_nobody_watches_any_more_stops_nothing(error, monkeypatch):
+    monkeypatch.setattr("sys.stderr", Gone(error))
+    monkeypatch.setattr("sys.stdout", Gone(error))
+    with progress(3, description="work") as bar:
+        for _ in range(3):
+            bar.update()
+            bar.refresh()
+            bar.write("a line")
+    assert bar.n == 3
+
+
+def test_without_a_stderr_there_is_no_bar(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    with progress(3, description="work") as bar:
+        bar.update()
+        bar.write("a line")

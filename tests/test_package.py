@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tat_jax import cli
+from tat_jax import config_files
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -98,9 +98,9 @@ def test_from_an_unpacked_wheel_ones_own_config_is_found_by_path(wheel, tmp_path
     )
     asked = (
         "import json, sys; from tat_jax import cli\n"
-        "cli._parse_flags(sys.argv)\n"
-        "config = cli._CONFIG.value\n"
-        "print(json.dumps([cli.__file__, str(cli._workdir()), config.epochs, config.bn_group, config.seed]))"
+        "cli.parse_flags(sys.argv)\n"
+        "config, folder, _ = cli.read_experiment()\n"
+        "print(json.dumps([cli.__file__, str(folder), config.epochs, config.bn_group, config.seed]))"
     )
     answer = subprocess.run(
         [sys.executable, "-c", asked, "--config=experiments/mine.py", "--config.seed=3"],
@@ -117,36 +117,27 @@ def test_from_an_unpacked_wheel_ones_own_config_is_found_by_path(wheel, tmp_path
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_config_is_found_by_its_name_from_any_folder(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert Path(cli._find(name)).samefile(CONFIGS / f"{name}.py")
+    assert Path(config_files.find(name)).samefile(CONFIGS / f"{name}.py")
 
 
 def test_a_name_may_ask_for_the_miniature():
-    assert cli._find("r18_r34:smoke") == f"{cli._find('r18_r34')}:smoke"
+    assert config_files.find("r18_r34:smoke") == f"{config_files.find('r18_r34')}:smoke"
 
 
 @pytest.mark.parametrize("path", ["mine.py", "mine.py:smoke", "/tmp/mine.py", "configs/r18_r34.py:smoke"])
 def test_a_path_stays_as_it_is(path):
-    assert cli._find(path) == path
+    assert config_files.find(path) == path
 
 
 @pytest.mark.parametrize("yaml", ["tat.yaml", "published/tat.yml", "tat.yaml:smoke"])
 def test_a_yaml_goes_to_the_config_that_reads_it(yaml):
-    assert cli._find(yaml) == f"{Path(cli._find('digits')).with_name('torchdistill.py')}:{yaml}"
+    assert (
+        config_files.find(yaml) == f"{Path(config_files.find('digits')).with_name('torchdistill.py')}:{yaml}"
+    )
 
 
 @pytest.mark.parametrize("name", ["r18_r35", "r18_r35:smoke", "base", "torchdistill", "__init__", ""])
 def test_what_is_no_experiment_is_answered_with_those_there_are(name):
     there_are = f"no config '{name.removesuffix(':smoke')}'; there are {', '.join(EXPERIMENTS)}, .*mine.py"
     with pytest.raises(ValueError, match=there_are):
-        cli._find(name)
-
-
-@pytest.mark.parametrize("given", [["--config", "r18_r34"], ["--config=r18_r34"], ["-config=r18_r34"]])
-def test_the_flag_takes_its_name_either_way(given):
-    found = cli._with_config_found(["tat-jax", *given, "--config.seed=1"])
-    assert found == ["tat-jax", f"--config={cli._find('r18_r34')}", "--config.seed=1"]
-
-
-def test_without_a_config_it_is_the_demonstration():
-    found = cli._with_config_found(["tat-jax", "--config.seed=1"])
-    assert found == ["tat-jax", f"--config={cli._find('digits')}", "--config.seed=1"]
+        config_files.find(name)

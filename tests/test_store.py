@@ -31,9 +31,10 @@ def change(path, before, after):
     path.write_text(text.replace(before, after))
 
 
-def test_a_network_is_read_as_it_was_written_under_its_own_names(tmp_path):
+def test_a_network_is_read_as_it_was_written_under_its_own_names_and_in_silence(tmp_path, caplog):
     network = written(tmp_path / "w")
     found = store.load_network(tmp_path / "w")
+    assert caplog.messages == []
     assert (found.arguments, found.origin) == (network.arguments, network.origin)
     assert {"conv1.kernel", "bn1.mean", "bn2.scale", "fc.bias"} <= found.weights.keys()
     assert found.weights.keys() == network.weights.keys()

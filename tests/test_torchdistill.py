@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from absl import flags
 from flax.traverse_util import flatten_dict
-from ml_collections import config_flags
 
-from tat_jax import experiment
+from tat_jax import experiment, overrides
 from tat_jax.configs import r18_r34, r18_r34_kd, torchdistill
 from tat_jax.torchdistill import read
 
@@ -267,19 +265,14 @@ def test_a_pair_of_taps_of_different_names_is_called_after_the_students(config):
 # GPUs and the command line
 
 
-# ml_collections imports a config's file in a way that Python leaves behind.
-FROM_FLAGS = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
-
 def parsed(*arguments):
-    values = flags.FlagValues()
-    line = ["tat-jax", f"--config={torchdistill.__file__}:{TAT}", *arguments]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=line)
-    values(line)
-    return values.config
+    config = torchdistill.get_config(str(TAT)).lock()
+    others, said = overrides.split(arguments, experiment.FIELDS)
+    assert others == []
+    overrides.apply(config, said, experiment.FIELDS)
+    return config
 
 
-@FROM_FLAGS
 @pytest.mark.parametrize("gpus", [1, 4, 8])
 def test_the_batch_is_that_of_one_gpu_times_their_number_whenever_that_is_said(gpus):
     config = parsed(f"--config.gpus={gpus}")
@@ -288,7 +281,6 @@ def test_the_batch_is_that_of_one_gpu_times_their_number_whenever_that_is_said(g
     assert json.loads(config.to_json())["batch_size"] == 256 * gpus
 
 
-@FROM_FLAGS
 def test_fields_can_be_said_on_the_command_line():
     config = parsed(
         "--config.data.root=/elsewhere", "--config.batch_size=64", "--config.losses.kd.weight=0.5"

@@ -20,7 +20,7 @@ from proofs.bench.full_size import full_size
 from proofs.bench.loss import compile_loss
 from proofs.bench.sidebyside import timed
 from proofs.bench.step import PEAKS
-from proofs.command import add_json, make_parser, publish
+from proofs.command import add_json, make_parser, publish, to_read, to_write
 from proofs.compiled_step import blank_rows, compile_step
 from proofs.report import markdown_table
 from tat_jax.losses import tat_loss
@@ -202,8 +202,8 @@ def main() -> None:
     """Measure, print the tables, and write what the options ask for."""
     parser = make_parser(__doc__)
     add_json(parser)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them into this file")
-    parser.add_argument("--input", type=Path, metavar="FILE", help="rows of bench.input, for the cores")
+    parser.add_argument("--plot", type=to_write, metavar="FILE", help="draw them into this file")
+    parser.add_argument("--input", type=to_read, metavar="FILE", help="rows of bench.input, for the cores")
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", max(DEVICES))
     devices, batches, positions = by_devices(), by_batch(), by_positions()

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from tat_jax.data.image_folder import FOLDERS
 from tat_jax.data.sources import SOURCES
-from tat_jax.fields import TEXT, YES_OR_NO, Field, numbers, one_of, or_none, whole
+from tat_jax.fields import FOLDER, TEXT, YES_OR_NO, Field, numbers, one_of, or_none, whole
 
 
 def eval_resize(data: ConfigDict | Mapping[str, Any]) -> int:
@@ -18,7 +18,7 @@ def eval_resize(data: ConfigDict | Mapping[str, Any]) -> int:
 
 FIELDS = {
     "source": Field("imagefolder", one_of(*SOURCES), "where the images come from"),
-    "root": Field("data/imagenet", TEXT, "holds train/ and val/; for tfds its data_dir", may_change=True),
+    "root": Field("data/imagenet", FOLDER, "holds train/ and val/; for tfds its data_dir", may_change=True),
     "tfds_name": Field("imagenet2012", TEXT, "of tfds: the data set"),
     "labels_per_class": Field(
         int, or_none(whole(1)), "of digits: train on the first so many of each class; None: all"

@@ -11,6 +11,8 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from tat_jax import failures, outputs, paths
+
 TARS = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 
 
@@ -43,16 +45,18 @@ def prepare(tars: Path, to: Path) -> dict[str, int]:
 def main() -> None:
     """Prepare what the command line names."""
     parser = argparse.ArgumentParser(prog="python -m tat_jax.data.prepare", description=prepare.__doc__)
-    parser.add_argument("--tars", type=Path, required=True, help=f"the folder of {' and '.join(TARS)}")
-    parser.add_argument("--to", type=Path, required=True, help="the data_dir: a run's data.root")
+    parser.add_argument("--tars", required=True, help=f"the folder of {' and '.join(TARS)}")
+    parser.add_argument("--to", required=True, help="the data_dir: a run's data.root")
     arguments = parser.parse_args()
     try:
-        counts = prepare(arguments.tars, arguments.to)
-    except (FileNotFoundError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        to = paths.local(arguments.to)
+        counts = prepare(paths.local(arguments.tars), to)
+    except Exception as error:  # TensorFlow Datasets raises whatever its storage layers raise
+        sys.exit(f"error: {failures.explain(error) or f'{type(error).__name__}: {error}'}")
     images = ", ".join(f"{count:,} images to {name}" for name, count in counts.items())
-    print(f"{arguments.to}: {images}")
+    print(f"{to}: {images}")
 
 
 if __name__ == "__main__":
+    outputs.keep()
     main()

@@ -158,8 +158,9 @@ def _read_network(folder: Path) -> StoredNetwork:
 def load_item(folder: Path) -> Any:
     """Read the arrays of one item of a checkpoint onto the host."""
     folder = Path(folder).absolute()
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        tree = checkpointer.metadata(folder).item_metadata.tree
+    handler = ocp.PyTreeCheckpointHandler()
+    with ocp.Checkpointer(handler) as checkpointer:
+        tree = handler.metadata(folder).tree  # the checkpointer's warns of a file that only it would write
         on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         return checkpointer.restore(folder, ocp.args.PyTreeRestore(restore_args=on_host))
 
