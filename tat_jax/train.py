@@ -17,7 +17,7 @@ from tat_jax.batch import Batch
 from tat_jax.build import Built, build
 from tat_jax.checkpoints import Restored, RunCheckpoints
 from tat_jax.data.pipeline import Pipeline, open_pipeline
-from tat_jax.data.source import notes
+from tat_jax.data.source import notes, some
 from tat_jax.distill import Recipe, TrainState
 from tat_jax.evaluate import Evaluation, Stopped, evaluate
 from tat_jax.losses import Own
@@ -305,6 +305,8 @@ class _Training:
     def _describe(self, step: int) -> str:
         """Say what a step was made of, where a run that ends with it stands, and what to do."""
         names = self._data.names(*divmod(step, self._position.steps_per_epoch))
+        if set(names) <= set(self._data.skipped.values()):
+            return f"none of its images could be read; replace or remove them: {some(names)}"
         path = self._folder / f"step{step}_process{jax.process_index()}_images.txt"
         path.write_text("\n".join(names) + "\n")
         saved = self._checkpoints.latest_step()

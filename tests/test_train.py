@@ -266,6 +266,17 @@ def test_what_is_passed_over_is_told_and_a_training_set_that_grew_since_is_refus
         run(config, tmp_path / "run")
 
 
+def test_a_batch_of_which_no_image_can_be_read_is_told_as_that(folder, tmp_path):
+    root = folder("train/a/0.jpg", "train/b/0.jpg", "val/a/0.jpg")
+    for name in "ab":
+        (root / f"train/{name}/0.jpg").write_bytes(b"no image")
+    config = config_of()
+    config.data.update({"source": "imagefolder", "root": str(root), "skip_broken": True})
+    said = r"none of its images could be read; replace or remove them: .*/train/[ab]/0.jpg, "
+    with pytest.raises(FloatingPointError, match=said):
+        run(config, tmp_path / "run")
+
+
 def test_another_config_in_the_same_folder_is_refused_field_by_field(uninterrupted):
     config = config_of(epochs=4, batch_size=8)
     config.optimizer.accumulate = 2
