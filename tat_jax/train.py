@@ -16,7 +16,7 @@ from tat_jax.batch import Batch
 from tat_jax.build import Built, build
 from tat_jax.checkpoints import Restored, RunCheckpoints, read_provenance
 from tat_jax.data.pipeline import Pipeline, open_pipeline
-from tat_jax.data.source import class_names, notes
+from tat_jax.data.source import class_names, some
 from tat_jax.distill import Recipe, TrainState
 from tat_jax.evaluate import Evaluation, Stopped, evaluate
 from tat_jax.losses import Own
@@ -25,6 +25,7 @@ from tat_jax.networks import OwnNetwork
 from tat_jax.position import Position
 from tat_jax.signals import Interrupted, StopSignals
 from tat_jax.step import jit_train_step
+from tat_jax.summary import summarize
 from tat_jax.tasks import TASKS
 from tat_jax.usage import usage_of, write_usage
 
@@ -314,6 +315,8 @@ class _Training:
     def _describe(self, step: int) -> str:
         """Say what a step was made of, where a run that ends with it stands, and what to do."""
         names = self._data.names(*divmod(step, self._position.steps_per_epoch))
+        if set(names) <= set(self._data.skipped.values()):
+            return f"none of its images could be read; replace or remove them: {some(names)}"
         path = self._folder / f"step{step}_process{jax.process_index()}_images.txt"
         path.write_text("\n".join(names) + "\n")
         saved = self._checkpoints.latest_step()
@@ -330,19 +333,12 @@ class _Training:
         return f"continues from step {self._position.step}" if restored else "starts"
 
     def _summary(self, restored: Restored | None, differences: list[str]) -> str:
-        student, data = self._built.student, self._data
         return "\n".join(
             [
                 f"{self._folder}: {self._describe_start(restored)}",
                 *(f"  damaged  {line}" for line in (restored.set_aside if restored else ())),
                 *(f"  changed  {line}" for line in differences),
-                f"  student  {student.name} from {student.origin['source']}, head {student.origin['head']}",
-                f"  loss     {' + '.join(map(str, self._built.terms))}",
-                f"  data     {len(data.source):,} training images, {len(self._eval_data.source):,} to "
-                f"validate, {data.source.num_classes} classes, {data.steps_per_epoch:,} steps an epoch",
-                f"  images   {self._built.recipe.task.preparation(self._config.data)}, to validate",
-                *(f"  note     {line}" for of in (data, self._eval_data) for line in notes(of.source)),
-                f"  devices  {self._mesh.size} × {self._mesh.devices.flat[0].device_kind}",
+                *summarize(self._config, self._built, self._data, self._eval_data, self._mesh),
             ]
         )
 

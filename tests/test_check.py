@@ -15,6 +15,7 @@ from flax import nnx
 
 from tat_jax import check, networks, quantities, train, trial
 from tat_jax.configs import base
+from tat_jax.data import sample
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.sample import Sample
 from tat_jax.data.sources import Digits
@@ -111,6 +112,8 @@ def test_all_that_a_training_needs_is_found_and_its_first_step_is_the_training_s
     assert found["check"] == "all hold"
     assert found["devices"] == "8 × cpu, 2 images a step on each"
     assert found["training data"] == "20 images, 10 classes, 2 steps an epoch"
+    of_16 = "16 × 16 pixels cut from a shorter side of 16 (data.eval_resize)"
+    assert found["validation data"] == f"797 images, 10 classes, {of_16}"
     assert found["training sample"].startswith("20 images over the whole split, ")
     assert found["validation sample"].startswith("64 images over the whole split, ")
     taps = "tat_layer2: student layer2 4×4×8 → teacher layer2 4×4×16, 16 positions, "
@@ -188,6 +191,17 @@ def test_an_unreadable_image_is_named_by_its_path(find, folder):
     assert [line.split(":")[0] for line in lines[1:]] == [f"{config.data.root}/val/{i}/0.jpg" for i in (7, 8)]
     assert found["teacher's top-1"] == "left out: needs validation sample"
     assert found["taps"].startswith("tat_layer2: student")
+
+
+def test_what_is_passed_over_is_counted_and_named(folder):
+    config = image_folder(folder)
+    (Path(config.data.root) / "train/3/a.gif").touch()
+    (Path(config.data.root) / "val/3/link.jpg").symlink_to("nowhere")
+    found = {split: sample.open_data(config, split)[0].splitlines() for split in ("train", "val")}
+    (note,) = found["train"][1:]
+    assert note.startswith("NOTE: train: passed over 1 .gif; read are ")
+    (note,) = found["val"][1:]
+    assert note == f"NOTE: val: passed over links that lead nowhere (1): {config.data.root}/val/3/link.jpg"
 
 
 def test_an_unreadable_image_that_is_skipped_is_named_and_no_failure(find, folder):

@@ -44,7 +44,7 @@ class TestImageFolder:
         assert train.classes == val.classes == imagenet_classes()
         assert train.notes == [
             "all class folders (2) are ids of ImageNet, so that labels are those of its 1,000 classes; "
-            "data.classes=folders numbers the folders"
+            "--config.data.classes=folders numbers the folders"
         ]
 
     def test_imagenets_ids_are_numbered_as_other_names_where_the_config_says_so(self, folder):
@@ -258,7 +258,7 @@ class TestImageFolder:
                 ["in/train/a/1.jpg", "in/val/a/1.jpg"],
                 "train",
                 FileNotFoundError,
-                r"did you mean data.root=.*/in\?",
+                r"did you mean --config.data.root=.*/in\?",
             ),
         ],
         ids=["no val", "no train", "val alone", "flat", "empty class", "validation", "file", "too deep"],
@@ -271,7 +271,9 @@ class TestImageFolder:
 
     def test_a_split_named_as_the_root_is_answered_with_the_folder_around_it(self, folder):
         root = folder("train/a/1.jpg", "val/a/1.jpg")
-        with pytest.raises(FileNotFoundError, match=rf"no folder .*/train/val; .*mean data.root={root}\?$"):
+        with pytest.raises(
+            FileNotFoundError, match=rf"no folder .*/train/val; .*mean --config.data.root={root}\?$"
+        ):
             ImageFolder(root / "train", "val")
 
     def test_a_missing_root_is_named(self, tmp_path):

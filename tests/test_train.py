@@ -103,7 +103,8 @@ def test_a_run_leaves_checkpoints_metrics_events_config_and_a_picture(uninterrup
         "eval/top5",
     } <= logged
     assert "train/tat_layer1" not in logged
-    assert (uninterrupted / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("curves.png", "images.png"):
+        assert (uninterrupted / name).read_bytes().startswith(b"\x89PNG")
     assert list(uninterrupted.glob("events.out.tfevents.*"))
     assert json.loads((uninterrupted / "config.json").read_text())["epochs"] == 4
 
@@ -256,16 +257,33 @@ def test_a_folder_where_a_run_is_at_work_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
-def test_a_training_set_that_grew_since_is_refused(folder, tmp_path):
+def test_what_is_passed_over_is_told_and_a_training_set_that_grew_since_is_refused(folder, tmp_path, capsys):
     root = folder(
         *(f"{split}/{name}/{i}.JPEG" for split in ("train", "val") for name in "ab" for i in range(4))
     )
     config = config_of(epochs=1)
     config.data.update({"source": "imagefolder", "root": str(root)})
+    (root / "train/a/more.gif").touch()
     run(config, tmp_path / "run")
+    told = capsys.readouterr().out
+    assert (
+        "\n  images   16 × 16 pixels cut from a shorter side of 16 (data.eval_resize), to validate\n" in told
+    )
+    assert told.count("\n  note     train: passed over 1 .gif; read are ") == 1
     folder("train/a/new.JPEG")
     config.epochs = 2
     with pytest.raises(ValueError, match=r"trained on 8 images, and data.root holds 9 now"):
+        run(config, tmp_path / "run")
+
+
+def test_a_batch_of_which_no_image_can_be_read_is_told_as_that(folder, tmp_path):
+    root = folder("train/a/0.jpg", "train/b/0.jpg", "val/a/0.jpg")
+    for name in "ab":
+        (root / f"train/{name}/0.jpg").write_bytes(b"no image")
+    config = config_of()
+    config.data.update({"source": "imagefolder", "root": str(root), "skip_broken": True})
+    said = r"none of its images could be read; replace or remove them: .*/train/[ab]/0.jpg, "
+    with pytest.raises(FloatingPointError, match=said):
         run(config, tmp_path / "run")
 
 

@@ -55,7 +55,8 @@ def _range_of_type(image: Image.Image) -> tuple[float, float]:
     if image.mode == "F" or bits not in (12, 16):
         kind = "floats" if image.mode == "F" else f"whole numbers of {bits} bits"
         raise ValueError(
-            f"its grey levels are {kind}; say which of them are black and white, as in data.grey_range=(0, 1)"
+            f"its grey levels are {kind}; say which of them are black and white, as in "
+            '--config.data.grey_range="(0, 1)"'
         )
     if _tag(image, TiffImagePlugin.SAMPLEFORMAT) == _SIGNED:
         return -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1

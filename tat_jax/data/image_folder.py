@@ -112,13 +112,13 @@ def _layout(root: Path, split: str) -> str:
     """Return where images belong, and what may have been meant by a root that has no such split."""
     layout = f"images belong in {root}/train/<class>/ and {root}/val/<class>/"
     if root.name in SPLITS and os.path.isdir(root.parent / split):
-        return f"{layout}; did you mean data.root={root.parent}?"
+        return f"{layout}; did you mean --config.data.root={root.parent}?"
     if split == "val" and not os.path.lexists(root / split):
         for name in _NOT_VAL:
             if os.path.isdir(root / name):
                 return f"{layout}; if {root / name} holds the images to validate, call it val"
     inner = [root / name for name in _folder_names(root) if os.path.isdir(root / name / split)]
-    return f"{layout}; did you mean data.root={inner[0]}?" if len(inner) == 1 else layout
+    return f"{layout}; did you mean --config.data.root={inner[0]}?" if len(inner) == 1 else layout
 
 
 def _folder_names(folder: Path) -> list[str]:
@@ -216,7 +216,7 @@ def _notes_of_classes(
     elif has_ids and len(found) < len(imagenet_classes()):
         lines.append(
             f"all class folders ({len(found):,}) are ids of ImageNet, so that labels are those of its 1,000 "
-            f"classes; data.classes={FOLDERS} numbers the folders"
+            f"classes; --config.data.classes={FOLDERS} numbers the folders"
         )
     elif len(found) == 1:
         (name,) = found.values()

@@ -113,5 +113,5 @@ def _newest_version(name: str, data_dir: Path) -> Path:
 
 def _damaged(path: str | Path, error: Exception, part: str = "") -> ValueError:
     """Return the error of a data set that cannot be read, which names it and the way out."""
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    reason = re.split(r"[;\n]", str(error).strip())[0] or type(error).__name__
     return ValueError(f"{part}{path} cannot be read, it is damaged ({reason}); {_ANEW}")

@@ -77,7 +77,7 @@ def decode(
         if height * width <= _MAX_PIXELS and colours in ("YCbCr", "Gray"):
             fits = memory is not None and 3 * height * width <= memory.size
             rgb = simplejpeg.decode_jpeg(image, "RGB", buffer=memory if fits else None)
-            if exif_orientation and (b"Exif" in image or b"tiff:Orientation" in image):
+            if exif_orientation and _may_be_turned(image):
                 with Image.open(io.BytesIO(image), formats=("JPEG",)) as opened:
                     rgb = _turn_upright(rgb, opened)
             return rgb
@@ -99,6 +99,14 @@ def decode(
     except Exception as error:
         raise DecodeError(f"{name}: {error}") from error
     raise DecodeError(f"{name}: {max(pixels, tile):,} pixels, more than the {_MAX_PIXELS:,} allowed")
+
+
+def _may_be_turned(jpeg: bytes) -> bool:
+    """Return whether a JPEG has a segment of EXIF or XMP, or is built otherwise than most."""
+    place = 2
+    while jpeg[place] == 0xFF and jpeg[place + 1] not in (0xDA, 0xE1, 0xFF):
+        place += 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")
+    return jpeg[place : place + 2] != b"\xff\xda"
 
 
 def _turn_upright(rgb: np.ndarray, opened: Image.Image) -> np.ndarray:
