@@ -174,8 +174,8 @@ def find(architecture: str) -> Architecture:
     return ARCHITECTURES[architecture]
 
 
-def _stored(folder: str | Path) -> StoredNetwork:
-    stored = store.load_network(folders.network_folder(Path(folder)))
+def _stored(folder: str | Path, architecture: str = "ARCHITECTURE") -> StoredNetwork:
+    stored = store.load_network(folders.network_folder(Path(folder), architecture))
     if not stored.arguments:
         raise ValueError(f"{folder} holds a network of your own; build it, then set its weights")
     return stored
@@ -185,8 +185,10 @@ def _load(entry: Entry) -> StoredNetwork:
     """Read the network that an entry names, and check that it is the one it describes."""
     weights = entry["weights"]
     try:
-        stored = _stored(weights)
+        stored = _stored(weights, entry["architecture"])
     except FileNotFoundError as error:
+        if Path(weights).exists():
+            raise
         raise FileNotFoundError(
             f"no weights in {weights}; make them with: "
             f"python -m tat_jax.convert {entry['architecture']} --to {weights}"
