@@ -202,8 +202,11 @@ def _load(entry: Entry) -> StoredNetwork:
     """Read the network that an entry names, and check that it is the one it describes."""
     weights = entry["weights"]
     try:
-        stored = _known(store.load_network(folders.network_folder(Path(weights))), weights)
+        folder = folders.network_folder(Path(weights), entry["architecture"])
+        stored = _known(store.load_network(folder), weights)
     except FileNotFoundError as error:
+        if Path(weights).exists():
+            raise
         raise FileNotFoundError(
             f"no weights in {weights}; make them with: "
             f"python -m tat_jax.convert {entry['architecture']} --to {weights}"

@@ -6,8 +6,12 @@ of converted weights holds, and a part of each checkpoint of a run. `network` ho
 weights, and of what it says itself, so that one changed bit is seen when it is read.
 """
 
+import errno
+import glob
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from tat_jax.weights.orbax_quiet import try_to_read
+from tat_jax.weights.orbax_quiet import abandoned_unheard, reason, try_to_read
 
 Weights = dict[str, Any]
 _NAMED = 30  # entries in an error
@@ -107,16 +111,33 @@ def check_entries(
 
 
 def save_network(folder: Path, network: StoredNetwork) -> None:
-    """Write a network alone, as the conversion of published weights does.
+    """Write a network alone, as the conversion of published weights does; whole, or nothing.
 
     Raises:
         FileExistsError: `folder` exists; nothing is overwritten.
+        OSError: it cannot be written.
     """
     folder = Path(folder).absolute()
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; remove it or name another folder")
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(folder, network_items(network))
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    try:
+        with abandoned_unheard(""), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(partial, network_items(network))
+        partial.rename(folder)
+    except Exception as error:  # Orbax raises whatever its storage layers raise.
+        raise OSError(f"cannot write {folder}: {_of_disk(error)}") from None
+    finally:
+        for left in folder.parent.glob(f"{glob.escape(partial.name)}*"):  # Orbax's own have a longer name
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _of_disk(error: Exception) -> str:
+    """Return what the system said where it did not let something be written."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+    said = [os.strerror(number) for number in numbers]
+    said += [error.strerror] if isinstance(error, OSError) and error.strerror else []
+    return next((text for text in said if text in str(error)), reason(error))
 
 
 def network_items(network: StoredNetwork) -> ocp.args.Composite:
