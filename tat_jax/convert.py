@@ -12,7 +12,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     of_conversion = ("to", "file", "head", "ema", "prefix")
-    unused = of_conversion if options.export else ("checkpoint",)
+    unused = of_conversion if options.export else ("checkpoint", "student")
     given = ["--from" if name == "file" else f"--{name}" for name in unused if getattr(options, name)]
     if given:
         parser.error(f"no meaning {'with' if options.export else 'without'} --export: {', '.join(given)}")
@@ -52,16 +52,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prefix", help="take the network whose names begin so, where the file has several")
     parser.add_argument("--export", type=Path, metavar="FILE", help="write RUN's student to this file")
     parser.add_argument(
+        "--student", metavar="FILE.py:FUNCTION", help="builds RUN's student, if it is your own"
+    )
+    parser.add_argument(
         "--checkpoint", choices=["best", "last"], help="of RUN, to export; the best if not said"
     )
     return parser
 
 
 def _export(run: Path, options: argparse.Namespace) -> None:
+    from tat_jax.config_files import load_builder
     from tat_jax.export import export
 
-    exported = export(run, options.export, options.checkpoint)
-    print(f"{options.export}: {exported.entries} entries under torchvision's names, from {exported.folder}")
+    student = load_builder(options.student) if options.student else None
+    exported = export(run, options.export, options.checkpoint, student=student)
+    names = "the names of its attributes" if student else "torchvision's names"
+    print(f"{options.export}: {exported.entries} entries under {names}, from {exported.folder}")
+    if exported.usage:
+        print(f"{exported.usage}: its classes, and the size, mean and standard deviation of its images")
     if exported.head != "trained":
         print(f"its head is {exported.head}: its logits mean nothing")
 
@@ -72,6 +80,7 @@ def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> No
     import numpy as np
 
     from tat_jax.networks import ARCHITECTURES
+    from tat_jax.usage import usage_of_imagenet
     from tat_jax.weights import store
     from tat_jax.weights.files import read_entries
     from tat_jax.weights.names import convert_entries
@@ -92,6 +101,8 @@ def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> No
         ema=options.ema,
         source=str(file),
     )
+    if options.file is None and options.head is None:
+        network = network._replace(usage=usage_of_imagenet())
     store.save_network(options.to, network)
     parameters = sum(math.prod(np.shape(array)) for array in network.weights.values())
     print(

@@ -59,7 +59,7 @@ def run(
         ValueError: the config is no training's, or the classes of the network are not those of the data.
     """
     experiment.check(config)
-    choose = {"best": folders.best, "last": folders.last}.get(which)
+    choose = folders.CHOICES.get(which)
     place = choose(Path(folder)) if choose else Path(which)
     network = networks.restore(place, dtype=config.dtype, network=student)
     mesh = sharding.make_mesh()

@@ -27,7 +27,7 @@ from tat_jax.signals import Interrupted, StopSignals
 from tat_jax.step import jit_train_step
 from tat_jax.summary import summarize
 from tat_jax.tasks import TASKS
-from tat_jax.usage import usage_of, write_usage
+from tat_jax.usage import as_json, usage_of
 
 
 def run(
@@ -131,7 +131,7 @@ class _Training:
             restored = self._restore()
             run_folder.write_config(config, folder, self._position.step, changed=bool(of_config))
             if self._show:
-                write_usage(self._usage, folder / "usage.json")
+                (folder / "usage.json").write_bytes(as_json(self._usage))
                 print(self._summary(restored, of_config + of_parts), flush=True)
                 pictures.draw_images(self._data, self._eval_data, folder / "images.png")
             self._bar = opened.enter_context(

@@ -1,13 +1,14 @@
 """How a network is used once it is trained: what its images must be, and what its classes are called."""
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from tat_jax.data.image_folder import imagenet_classes
 from tat_jax.networks import Network
+from tat_jax.networks.view import MEAN, STD
 from tat_jax.tasks import TASKS
 
 Usage = dict[str, Any]
@@ -32,9 +33,20 @@ def usage_of(config: ConfigDict, network: Network, num_classes: int, classes: Se
     }
 
 
-def write_usage(usage: Usage, path: Path) -> None:
-    """Write it as a JSON file that others may read."""
-    path.write_text(json.dumps(usage, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def usage_of_imagenet() -> Usage:
+    """Return how torchvision's published networks of ImageNet are used, by its reference."""
+    return {
+        "num_classes": 1000,
+        "classes": imagenet_classes(),
+        "image": {"shorter_side": 256, "centre": 224},
+        "mean": list(MEAN),
+        "std": list(STD),
+    }
+
+
+def as_json(usage: Mapping[str, Any]) -> bytes:
+    """Return it as the contents of a file."""
+    return f"{json.dumps(dict(usage), indent=2)}\n".encode()
 
 
 def other_classes(network: Network, num_classes: int, classes: Sequence[str] | None) -> str:

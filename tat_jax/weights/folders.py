@@ -61,6 +61,9 @@ def last(run: Path) -> Path:
     return checkpoints(run) / str(_existing(run)[-1])
 
 
+CHOICES = {"best": best, "last": last}  # of a run's checkpoints
+
+
 def checkpoints(run: Path) -> Path:
     """Return the folder in which each checkpoint of a run has a folder named by its step."""
     return Path(run) / "checkpoints"

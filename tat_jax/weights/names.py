@@ -155,24 +155,42 @@ def _check_numbers(entries: Entries, source: str) -> None:
         raise ValueError(f"{source} has NaN or infinity in {', '.join(broken)}")
 
 
-def export_entries(network: StoredNetwork) -> Entries:
+def export_entries(network: StoredNetwork, own: nnx.Module | None = None) -> Entries:
     """Return the weights of a network under torchvision's names, in PyTorch's layouts.
 
+    Args:
+        network: the weights.
+        own: the network, where it is one of the user's; its names are then those of its own attributes.
+
     Raises:
-        ValueError: the network is not one of this package's.
+        ValueError: the network is the user's and not given, or has a layer that PyTorch has not.
     """
-    if not network.arguments:
-        raise ValueError("this network is not one of torchvision's kind, so it has no names there")
+    if own is not None:
+        _check_kernels(network.weights, own)
+    elif not network.arguments:
+        raise ValueError("this is a network of your own; name what builds it, as --student mine.py:build")
     return {
         torch_name(path): np.ascontiguousarray(to_torch(path, np.asarray(array)))
         for path, array in network.weights.items()
     }
 
 
+def _check_kernels(weights: Mapping[str, Any], network: nnx.Module) -> None:
+    """Raise a ValueError where a kernel is none of those whose layout `to_torch` knows."""
+    layers = {".".join(map(str, path)): layer for path, layer in nnx.iter_modules(network)}
+    for path, array in weights.items():
+        module, _, leaf = path.rpartition(".")
+        layer = layers.get(module)
+        if leaf == "kernel" and not (isinstance(layer, nnx.Conv | nnx.Linear) and np.ndim(array) in (2, 4)):
+            raise ValueError(
+                f"{path} is the kernel of a {type(layer).__name__}, whose layout in PyTorch is not known here"
+            )
+
+
 def torch_name(path: str) -> str:
     """Return torchvision's name of one of our attribute paths."""
-    module, leaf = path.rsplit(".", 1)
-    return f"{module}.{_LEAVES[leaf]}"
+    module, dot, leaf = path.rpartition(".")
+    return f"{module}{dot}{_LEAVES.get(leaf, leaf)}"
 
 
 def to_ours(path: str, array: np.ndarray) -> np.ndarray:
