@@ -215,7 +215,7 @@ class TestGrey:
         ids=["floats", "signed", "unsigned"],
     )
     def test_whose_type_says_nothing_of_its_levels_is_refused(self, levels, kind):
-        message = rf'^a/b\.tif: its grey levels are {kind}; say which .* data\.grey_range="\(0, 1\)"$'
+        message = rf'^a/b\.tif: its grey levels are {kind}; say which .*data\.grey_range="\(0, 1\)"$'
         with pytest.raises(DecodeError, match=message):
             decode(tiff(levels), "a/b.tif")
 
