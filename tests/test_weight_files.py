@@ -328,6 +328,13 @@ def test_a_program_of_torchscript_is_refused_for_what_it_is(tmp_path):
         read_entries(path)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_to_weights_is_refused_for_what_it_is(name, tmp_path):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 46807446\n")
+    with pytest.raises(ValueError, match=f"{name} is a pointer of Git LFS to the weights: git lfs pull"):
+        read_entries(tmp_path)
+
+
 def test_python_2_wrote_the_items_of_a_dictionary_otherwise(weights, tmp_path):
     entries = read_entries(python_2(weights, tmp_path))
     np.testing.assert_array_equal(entries["conv1.weight"], weights["conv1.weight"].numpy())

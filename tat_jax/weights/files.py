@@ -39,6 +39,8 @@ def read_entries(path: Path) -> Entries:
             head = file.read(9)
     except OSError as error:
         raise OSError(f"cannot read {path}: {error.strerror}") from None
+    if head.startswith(b"version "):
+        raise ValueError(f"{path} is a pointer of Git LFS to the weights: git lfs pull fetches them")
     if path.suffix == ".json":
         return _refusing(path, "index of weight files", _read_shards)
     # The ending may be wrong, but a header of safetensors is JSON behind its length.
