@@ -206,27 +206,62 @@ def test_an_architecture_that_is_none_is_named_with_those_that_are():
         networks.construct({"architecture": "resnet19", "num_classes": 2}, rngs=nnx.Rngs(0))
 
 
+def own(given):
+    return networks.own(given, num_classes=5, seed=3)
+
+
 def test_a_network_of_one_s_own_is_a_network_like_ours():
     model = Tiny(4, rngs=nnx.Rngs(0))
     view = View(model, image_size=4)
     for given in (model, view):
-        found = networks.own(given)
+        found = own(given)
         assert found.view.network is model
-        assert (found.arguments, found.origin) == ({}, {"head": "trained", "source": "Tiny"})
-        assert networks.own(found) is found
-    assert networks.own(view).view is view
+        assert (found.arguments, found.origin) == ({}, {"head": "trained", "source": "your own code"})
+        assert own(found) is found
+    assert own(view).view is view
+
+
+def test_what_builds_a_network_of_one_s_own_is_called_with_the_classes_and_the_seed():
+    def build(*, num_classes, rngs):
+        return Tiny(4, classes=num_classes, rngs=rngs)
+
+    built, expected = (own(given).view.network for given in (build, Tiny(4, classes=5, rngs=nnx.Rngs(3))))
+    for ours, theirs in zip(
+        jax.tree.leaves(nnx.state(built)), jax.tree.leaves(nnx.state(expected)), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_what_is_no_network_is_refused():
-    with pytest.raises(ValueError, match=r"a dict is no network: it must be a flax\.nnx module, or a View"):
-        networks.own({})
+    for given in ({}, lambda num_classes, rngs: {}):
+        with pytest.raises(
+            ValueError, match=r"a dict is no network: it must be a flax\.nnx module, or a View"
+        ):
+            own(given)
+
+
+def test_the_weights_of_a_network_of_one_s_own_are_read_into_it(tmp_path):
+    def build(*, num_classes, rngs):
+        return Tiny(2, classes=num_classes, rngs=rngs)
+
+    weights = store.network_weights(build(num_classes=3, rngs=nnx.Rngs(7)))
+    origin, usage = {"head": "trained", "source": "a test"}, {"num_classes": 3, "classes": ["a", "b", "c"]}
+    store.save_network(tmp_path / "own", StoredNetwork(weights, {}, origin, usage))
+    found = networks.restore(tmp_path / "own", network=build)
+    assert found.usage == usage
+    read = store.network_weights(found.view.network)
+    assert read.keys() == weights.keys()
+    for name, array in weights.items():
+        np.testing.assert_array_equal(read[name], array)
 
 
 @pytest.mark.parametrize("read", [networks.restore, lambda folder: build(entry(weights=folder))])
 def test_a_network_of_one_s_own_on_disk_is_not_built_here(tmp_path, read):
     weights = store.network_weights(Tiny(2, rngs=nnx.Rngs(0)))
     store.save_network(tmp_path / "own", StoredNetwork(weights, {}, {"head": "trained", "source": "Tiny"}))
-    with pytest.raises(ValueError, match="holds a network of your own; build it, then set its weights"):
+    with pytest.raises(
+        ValueError, match=r"network of your own; name what builds it, as --student=mine\.py:build"
+    ):
         read(str(tmp_path / "own"))
 
 
