@@ -10,7 +10,7 @@ import numpy as np
 import safetensors.numpy
 from absl import logging
 
-from tat_jax import outputs
+from tat_jax import outputs, signals
 from tat_jax.networks import ARCHITECTURES
 from tat_jax.weights import folders, store
 from tat_jax.weights.names import convert_entries, export_entries
@@ -118,4 +118,5 @@ def _published(architecture: str) -> Path:
 
 if __name__ == "__main__":
     outputs.keep()
+    signals.act_at_once()
     main()
