@@ -1,5 +1,6 @@
 """What every experiment starts from, and the miniature of any of them."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -41,6 +42,21 @@ def loss(name: str, **options: Any) -> ConfigDict:
     """Return the fields of a loss, as published unless said otherwise; its weight is the experiment's."""
     said = {option: fields.default(field) for option, field in losses.fields_of(LOSSES[name]).items()}
     return ConfigDict(said | options)
+
+
+def study(
+    seeds: Sequence[int], students: Mapping[str, Any], teacher: Mapping[str, Any] | None = None
+) -> ConfigDict:
+    """Return what a config says of a study: what differs for each of its students, and for its teacher.
+
+    Args:
+        seeds: of each student.
+        students: the variants, in the order of the table.
+        teacher: trained first; without one the config's `teacher.weights` teach.
+    """
+    said = ConfigDict({"seeds": tuple(seeds)} | ({"teacher": dict(teacher)} if teacher is not None else {}))
+    said.students = ConfigDict(dict(students), sort_keys=False)  # a plain dictionary would be sorted
+    return said
 
 
 def finish(config: ConfigDict, argument: str) -> ConfigDict:

@@ -30,25 +30,21 @@ def get_config(argument: str = "") -> ConfigDict:
             "threads": 2,
         }
     )
-    config.study = ConfigDict(
-        {
-            "seeds": (0, 1, 2),
-            # What differs from the above, for the teacher and for each kind of student.
-            "teacher": {
-                "epochs": 8,
-                "student": {"width": 16},
-                "eval_every": 4,
-                "optimizer": {"milestones": (5, 7)},
-                "data": {"labels_per_class": 100},
-            },
-            "students": {
-                "cross-entropy": {},
-                "kd": {
-                    "losses": {"cross_entropy": {"weight": 0.5}, "kd": {"weight": 0.5, "temperature": 4.0}}
-                },
-                "tat": {"losses": {"tat": {"layer3": {"weight": 1.0}, "layer4": {"weight": 1.0}}}},
-            },
-        }
+    config.study = base.study(
+        seeds=(0, 1, 2),
+        # What differs from the above, for the teacher and for each kind of student.
+        teacher={
+            "epochs": 8,
+            "student": {"width": 16},
+            "eval_every": 4,
+            "optimizer": {"milestones": (5, 7)},
+            "data": {"labels_per_class": 100},
+        },
+        students={
+            "cross-entropy": {},
+            "kd": {"losses": {"cross_entropy": {"weight": 0.5}, "kd": {"weight": 0.5, "temperature": 4.0}}},
+            "tat": {"losses": {"tat": {"layer3": {"weight": 1.0}, "layer4": {"weight": 1.0}}}},
+        },
     )
     if argument == "smoke":
         config.study.update({"seeds": (0,)})

@@ -14,7 +14,7 @@ from tat_jax import sharding
 from tat_jax.batch import Batch
 from tat_jax.build import build
 from tat_jax.distill import TrainState
-from tat_jax.train import jit_train_step
+from tat_jax.step import jit_train_step
 
 _COLLECTIVE = re.compile(
     r"= (.+?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)"

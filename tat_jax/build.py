@@ -14,10 +14,11 @@ from tat_jax import distill, networks, optim, sharding
 from tat_jax.distill import Distillation, Recipe, TrainState
 from tat_jax.losses import Own, Term, own_terms, terms_of
 from tat_jax.losses.loss import Loss
-from tat_jax.networks import Network
-from tat_jax.networks.view import Outputs, OutputShapes, View, watch
+from tat_jax.networks import Network, OwnNetwork
+from tat_jax.networks.view import Outputs, OutputShapes, watch
 from tat_jax.schedules import weight_at
 from tat_jax.tasks import TASKS
+from tat_jax.usage import other_classes
 
 
 class Built(NamedTuple):
@@ -44,8 +45,9 @@ def build(
     *,
     num_classes: int,
     steps_per_epoch: int,
-    student: nnx.Module | View | Network | None = None,
-    teacher: nnx.Module | View | Network | None = None,
+    classes: Sequence[str] | None = None,
+    student: OwnNetwork | Network | None = None,
+    teacher: OwnNetwork | Network | None = None,
     losses: Own | None = None,
 ) -> Built:
     """Build what `config` trains.
@@ -55,6 +57,7 @@ def build(
         mesh: the devices.
         num_classes: of the data.
         steps_per_epoch: batches an epoch.
+        classes: their names, by label; None where they have none.
         student: a network instead of the config's.
         teacher: likewise.
         losses: further terms, as in `train.run`.
@@ -70,15 +73,16 @@ def build(
     learner = build_student(config, num_classes, student)
     master = build_teacher(config, num_classes, teacher, terms)
     if master:
-        _check_logits(terms, master, num_classes)
+        _check_logits(terms, master, num_classes, classes)
     distillation = Distillation(learner.view, _build_losses(config, terms, learner, master))
+    _check_accumulation(config, steps_per_epoch)
     learning_rate = optim.learning_rate(config.optimizer, steps_per_epoch, config.epochs)
     optimizer = optim.optimizer(config.optimizer, learning_rate, nnx.state(distillation, nnx.Param))
     teacher_graph, teacher_state = nnx.split(master.view) if master else (None, None)
     recipe = Recipe(
         distillation=nnx.graphdef(distillation),
         teacher=teacher_graph,
-        teacher_has_head=master is not None and master.origin["head"] != "fresh",
+        teacher_has_head=master is not None and _is_comparable(master, num_classes, classes),
         weights={term.name: weight_at(term.weight, steps_per_epoch) for term in terms},
         task=TASKS[config.task](),
         optimizer=optimizer,
@@ -104,9 +108,7 @@ def all_terms(config: ConfigDict, own: Own | None = None) -> list[Term]:
     return terms
 
 
-def build_student(
-    config: ConfigDict, num_classes: int, own: nnx.Module | View | Network | None = None
-) -> Network:
+def build_student(config: ConfigDict, num_classes: int, own: OwnNetwork | Network | None = None) -> Network:
     """Build the student of a config, unless there is one of your `own`.
 
     Raises:
@@ -114,7 +116,7 @@ def build_student(
         ValueError: they are another network's.
     """
     if own is not None:
-        return _own(own)
+        return networks.own(_copied(own), num_classes=num_classes, seed=config.seed)
     return networks.build(
         config.student,
         num_classes=num_classes,
@@ -128,21 +130,17 @@ def build_student(
 def build_teacher(
     config: ConfigDict,
     num_classes: int,
-    own: nnx.Module | View | Network | None = None,
+    own: OwnNetwork | Network | None = None,
     terms: Sequence[Term] = (),
 ) -> Network | None:
     """Build the teacher of a config likewise, with its own head; None where no term of the loss reads it."""
     if not any(term.loss.needs_teacher for term in terms):
         return None
     if own is not None:
-        return _own(own)
+        return networks.own(_copied(own), num_classes=num_classes, seed=config.seed)
     return networks.build(
         config.teacher, num_classes=num_classes, dtype=config.dtype, seed=config.seed, fit_head=False
     )
-
-
-def _own(network: nnx.Module | View | Network) -> Network:
-    return network if isinstance(network, Network) else networks.own(_copied(network))
 
 
 def _copied(module: Any) -> Any:
@@ -153,7 +151,9 @@ def _copied(module: Any) -> Any:
     return nnx.merge(graph, jax.tree.map(jnp.copy, state))
 
 
-def _check_logits(terms: Sequence[Term], teacher: Network, num_classes: int) -> None:
+def _check_logits(
+    terms: Sequence[Term], teacher: Network, num_classes: int, classes: Sequence[str] | None
+) -> None:
     source = teacher.origin["source"]
     for term in terms:
         if not (term.loss.needs_teacher and term.loss.needs_logits):
@@ -161,11 +161,21 @@ def _check_logits(terms: Sequence[Term], teacher: Network, num_classes: int) -> 
         way_out = f"{term.name} compares its logits: take another teacher, or set its weight to 0"
         if teacher.origin["head"] == "fresh":
             raise ValueError(f"the teacher from {source} has no trained head, and {way_out}")
-        classes = teacher.arguments.get("num_classes", num_classes)
-        if classes != num_classes:
-            raise ValueError(
-                f"the teacher from {source} knows {classes} classes, the data {num_classes}; {way_out}"
-            )
+        if wrong := other_classes(teacher, num_classes, classes):
+            raise ValueError(f"the teacher from {source} is one of other classes: {wrong}; {way_out}")
+
+
+def _is_comparable(teacher: Network, num_classes: int, classes: Sequence[str] | None) -> bool:
+    return teacher.origin["head"] != "fresh" and not other_classes(teacher, num_classes, classes)
+
+
+def _check_accumulation(config: ConfigDict, steps_per_epoch: int) -> None:
+    steps = config.epochs * steps_per_epoch
+    if config.optimizer.accumulate > steps:
+        raise ValueError(
+            f"optimizer.accumulate={config.optimizer.accumulate} batches are more than the {steps:,} of the "
+            "training, so that no update would ever be made: accumulate fewer, or train for more epochs"
+        )
 
 
 def _build_losses(

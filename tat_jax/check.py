@@ -1,23 +1,28 @@
 """All that a training needs, tried before it starts: a line for each item, and nothing is written."""
 
-from collections.abc import Callable
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
-from flax import nnx
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from tat_jax import inspection, networks, sharding, trial
+from tat_jax import inspection, networks, sharding, study, trial
 from tat_jax.data import sample
 from tat_jax.losses import Own
-from tat_jax.networks.view import View
-from tat_jax.study import variant
+from tat_jax.networks import OwnNetwork
+from tat_jax.quantities import duration
+from tat_jax.weights import folders
 
 _COLUMN = 18  # where findings begin
+_BEAT = 10.0  # seconds from one sign of life to the next
 
 
 class _Failed(NamedTuple):
@@ -30,18 +35,18 @@ def run(
     config: ConfigDict,
     folder: str | Path,
     *,
-    student: nnx.Module | View | None = None,
-    teacher: nnx.Module | View | None = None,
+    student: OwnNetwork | None = None,
+    teacher: OwnNetwork | None = None,
     losses: Own | None = None,
 ) -> bool:
     """Check all that training `config` in `folder` needs, first steps included; of a study, every training.
 
     Prints a line for each item as it goes. One that fails leaves out only those that need it, so that one
-    call finds all that is wrong. The teacher of a study is yet to be trained, and random here.
+    call finds all that is wrong. The teacher of a study is random here until it is trained.
 
     Args:
         config: as the functions in `configs/` return it.
-        folder: of the run; of a study not looked at.
+        folder: of the run; of a study only its teacher's is looked at.
         student: a network of your own instead of the config's, as in `train.run`.
         teacher: likewise.
         losses: further terms of the loss, as in `train.run`.
@@ -51,10 +56,15 @@ def run(
     """
     if "study" not in config:
         return _check(config, Path(folder), student, teacher, losses)
+    study.check(config)
+    trainings = {name: of_seeds[0] for name, of_seeds in study.students_of(config, Path(folder)).items()}
+    if of_teacher := study.teacher_of(config):
+        trainings = {"teacher": of_teacher, **trainings}
+        if not folders.steps(Path(folder) / "teacher"):  # it is yet to be trained
+            for training in trainings.values():
+                training.teacher.weights = networks.RANDOM
     hold = []
-    for name, different in {"teacher": config.study.teacher, **config.study.students}.items():
-        training = variant(config, different.to_dict())
-        training.teacher.weights = networks.RANDOM
+    for name, training in trainings.items():
         if jax.process_index() == 0:
             print(f"study, {name}:", flush=True)
         hold.append(_check(training, None, student, teacher, losses))
@@ -64,8 +74,8 @@ def run(
 def _check(
     config: ConfigDict,
     folder: Path | None,
-    student: nnx.Module | View | None,
-    teacher: nnx.Module | View | None,
+    student: OwnNetwork | None,
+    teacher: OwnNetwork | None,
     losses: Own | None,
 ) -> bool:
     mesh = sharding.make_mesh()
@@ -84,13 +94,37 @@ def _check(
     master = items.check("teacher", inspection.inspect_teacher, config, classes, teacher, losses)
     measure = f"teacher's {inspection.title_of_measure(config)}"
     items.check(measure, inspection.measure_teacher, config, master, eval_sample, mesh)
-    built = items.check("task", inspection.build_training, checked, train_data, learner, master, losses, mesh)
+    built = items.check(
+        "task", inspection.build_training, checked, train_data, learner, master, losses, mesh, folder
+    )
     items.check("taps", inspection.describe_taps, config, built, learner, master)
-    reading = items.check("reading", trial.time_reading, config, train_data, devices)
-    step = items.check("memory", trial.compile_step, built, reading, mesh)
-    first = items.check("loss at step 0", trial.take_first_step, built, step)
+    reading = items.check("reading", trial.time_reading, config, train_data)
+    few = items.check("first look", trial.look, config, built, reading, devices)
+    step = items.check("memory", trial.compile_step, built, reading, devices)
+    first = items.check("loss at step 0", trial.take_first_step, config, built, step, few)
     items.check("time", trial.time_steps, config, train_data, reading, step, first)
     return items.hold()
+
+
+@contextlib.contextmanager
+def _heartbeat(name: str) -> Iterator[None]:
+    """Say on stderr which item is at work, and for how long already, wherever one takes long."""
+    ended, since = threading.Event(), time.monotonic()
+
+    def beat() -> None:
+        while not ended.wait(_BEAT):
+            print(f"{name} … {duration(time.monotonic() - since)}", file=sys.stderr, flush=True)
+
+    if jax.process_index() > 0:
+        yield
+        return
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class _Items:
@@ -109,7 +143,8 @@ class _Items:
             self._print(name, f"left out: needs {', '.join(missing)}")
             return _Failed(name)
         try:
-            finding, found = find(*arguments)
+            with _heartbeat(name):
+                finding, found = find(*arguments)
         except Exception as error:  # Whatever it is, it would have stopped the training.
             logging.debug("in full:", exc_info=error)
             # Of these the message says all; it may be little of others.

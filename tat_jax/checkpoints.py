@@ -7,12 +7,14 @@ let a run continue. A teacher is never saved. `data` holds the SHA-256 of the ar
 
 import contextlib
 import functools
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
@@ -45,12 +47,23 @@ class Restored(NamedTuple):
     Attributes:
         state: what is trained.
         position: in the data and in the log, as it was saved.
+        can_go_on: whether the state is whole; where the training was dropped, only its student is.
         set_aside: of each checkpoint that could not be read why, and where it is now.
     """
 
     state: TrainState
     position: dict[str, Any]
+    can_go_on: bool
     set_aside: list[str]
+
+
+def read_provenance(run: Path) -> dict[str, Any]:
+    """Return what a run was made of by its newest checkpoint that can be read; empty where none says it."""
+    for step in reversed(folders.steps(run)):
+        said, _ = try_to_read(read_sealed, folders.checkpoints(run) / str(step) / "data")
+        if said:
+            return said.get("provenance", {})
+    return {}
 
 
 class RunCheckpoints:
@@ -108,6 +121,8 @@ class RunCheckpoints:
         *,
         arguments: dict[str, Any],
         position: dict[str, Any],
+        usage: Mapping[str, Any] = MappingProxyType({}),
+        provenance: Mapping[str, Any] = MappingProxyType({}),
         metrics: dict[str, float] | None = None,
     ) -> None:
         """Save a state; one that was saved without `metrics` before may be saved with them.
@@ -116,6 +131,8 @@ class RunCheckpoints:
             state: what is trained. Its student counts as one with a trained head.
             arguments: what builds the student, as `networks.Network` has them.
             position: in the data and in the log.
+            usage: of the student, see `usage.usage_of`.
+            provenance: what the run is made of, see `provenance`.
             metrics: of its evaluation, if there was one; the first says which is the best.
 
         Raises:
@@ -125,6 +142,7 @@ class RunCheckpoints:
         origin = {"head": "trained", "source": f"step {step}"}
         said = {
             "position": position,
+            "provenance": dict(provenance),
             "metrics": metrics,
             "layout": _LAYOUT,
             "arrays": digest(_training(state)),
@@ -135,7 +153,7 @@ class RunCheckpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    **network_items(StoredNetwork(_student(state), arguments, origin)),
+                    **network_items(StoredNetwork(_student(state), arguments, origin, usage)),
                     training=ocp.args.StandardSave(_training(state)),
                     data=ocp.args.JsonSave(seal(said)),
                 ),
@@ -158,6 +176,20 @@ class RunCheckpoints:
             f"cannot save a checkpoint in {folders.checkpoints(self._run)}: {reason(failure)}; {kept}. "
             "Where the disk is full, make room, and run the same command again"
         )
+
+    def drop_training(self) -> None:
+        """Keep of a finished run the last and the best network alone, a quarter of what it took."""
+        self._manager.wait_until_finished()
+        kept = {folders.last(self._run), folders.best(self._run)}
+        for step in folders.steps(self._run):
+            folder = folders.checkpoints(self._run) / str(step)
+            if folder not in kept:
+                self._manager.delete(step)
+            elif jax.process_index() == 0 and (folder / "training").exists():
+                said = {**read_sealed(folder / "data"), "training": "dropped"}
+                handler = ocp.JsonCheckpointHandler()
+                handler.save((folder / "data").absolute(), args=ocp.args.JsonSave(seal(said)))
+                shutil.rmtree(folder / "training")
 
     def latest_step(self) -> int | None:
         """Wait for what is being written, and return the step of the newest checkpoint, if there is one."""
@@ -216,8 +248,8 @@ class RunCheckpoints:
         return f"the checkpoint of step {step} cannot be read ({reason}) and is now in {place}"
 
 
-def _read_training(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """Read the state of a checkpoint, and the position that belongs to it."""
+def _read_training(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any], bool]:
+    """Read the state of a checkpoint, the position that belongs to it, and whether it can go on."""
     said, of_student = read_sealed(folder / "data"), read_sealed(folder / "network")
     is_before = "layout" not in said
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _training(like))
@@ -225,15 +257,26 @@ def _read_training(folder: Path, like: TrainState) -> tuple[TrainState, dict[str
         student = checkpointer.restore(
             folder.absolute() / "student", jax.tree.map(ocp.utils.to_shape_dtype_struct, _student(like))
         )
+        check_digest(student, of_student["arrays"])
+        if said.get("training") == "dropped":
+            step = jnp.full_like(like.step, int(folder.name))
+            return _with_student(like, student)._replace(step=step), said["position"], False
         training = checkpointer.restore(
             folder.absolute() / "training", _renamed(abstract, _as_before) if is_before else abstract
         )
-    check_digest(student, of_student["arrays"])
     check_digest(training, said["arrays"])
     training = _renamed(training, _as_now) if is_before else training
-    trained = {f"{_STUDENT}{path}": value for path, value in student.items()} | training["embeddings"]
-    params, variables = (unflatten(trained, state) for state in (like.params, like.variables))
-    return TrainState(training["step"], params, variables, training["opt_state"]), said["position"]
+    state = _with_student(like, student, training["embeddings"])
+    return state._replace(step=training["step"], opt_state=training["opt_state"]), said["position"], True
+
+
+def _with_student(state: TrainState, student: Weights, others: Weights | None = None) -> TrainState:
+    """Return a state with the arrays of a student, and of all else that is trained where they are given."""
+    if others is None:
+        others = _training(state)["embeddings"]
+    trained = {f"{_STUDENT}{path}": value for path, value in student.items()} | others
+    params, variables = (unflatten(trained, part) for part in (state.params, state.variables))
+    return state._replace(params=params, variables=variables)
 
 
 def _student(state: TrainState) -> Weights:

@@ -29,6 +29,14 @@ _MODE = flags.DEFINE_enum(
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "best", "What --mode eval evaluates: best or last of the run, or a folder of weights."
 )
+_OWN = {
+    which: flags.DEFINE_string(
+        which,
+        None,
+        f"A {which} of your own: FILE.py:FUNCTION, called with num_classes and rngs, or a class.",
+    )
+    for which in ("student", "teacher")
+}
 _OVERRIDES: list[overrides.Override] = []
 
 
@@ -101,6 +109,8 @@ def parse_flags(arguments: list[str]) -> list[str]:
             raise ValueError(f"unknown argument {left[0]!r}; flags begin with --")
         if _MODE.value == "eval":
             _checkpoint()
+            if _OWN["teacher"].value is not None:
+                raise ValueError("--teacher is for a training; --mode eval evaluates one network, --student")
         elif flags.FLAGS["checkpoint"].present:
             raise ValueError(
                 "--checkpoint is for --mode eval; a training starts from --config.student.weights=FOLDER"
@@ -191,16 +201,21 @@ def _run(experiment: Experiment) -> None:
     from tat_jax import check, evaluate, study, train
 
     config, folder, _ = experiment
+    student, teacher = (
+        None if flag.value is None else config_files.load_builder(flag.value) for flag in _OWN.values()
+    )
+    if (student or teacher) and "study" in config:
+        raise ValueError("--student and --teacher are for one training: those of a study are its config's")
     if _MODE.value == "eval":
-        print(evaluate.run(config, folder, _checkpoint()))
+        print(evaluate.run(config, folder, _checkpoint(), student=student))
     elif _MODE.value == "check":
-        if not check.run(config, folder):
+        if not check.run(config, folder, student=student, teacher=teacher):
             sys.exit(1)
     else:
         if "study" in config:
             report = study.run(config, folder)
         else:
-            report = train.report(config, train.run(config, folder))
+            report = train.report(config, train.run(config, folder, student=student, teacher=teacher))
         if jax.process_index() == 0:
             print(report)
             print(f"run folder {folder}, picture {folder / 'curves.png'}")

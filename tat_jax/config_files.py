@@ -3,10 +3,12 @@
 import inspect
 import sys
 import traceback
+from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -82,6 +84,29 @@ def load(config: str) -> ConfigDict:
             f"{file}: get_config() returns {what}, and must return a ConfigDict, as base.base() is one"
         )
     return made.lock()
+
+
+def load_builder(named: str) -> Callable[..., Any]:
+    """Return the function or the class of a file that builds a network, as `mine.py:build` names it.
+
+    Raises:
+        ValueError: there is no such file or function; or, when it is called, what it raises and where.
+    """
+    name_of_file, _, name = named.rpartition(":")
+    if not name_of_file or not name:
+        raise ValueError(f"{named!r} names no function: mine.py:build does, of the file mine.py")
+    file = paths.local(name_of_file)
+    build = getattr(_run(file), name, None)
+    if not callable(build):
+        raise ValueError(f"{file} has no function {name}")
+
+    def build_or_say(**arguments: Any) -> Any:
+        try:
+            return build(**arguments)
+        except Exception as error:  # whatever the user's function raises
+            raise _raised_in(file, error) from error
+
+    return build_or_say
 
 
 def expand_home(config: ConfigDict) -> None:

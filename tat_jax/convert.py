@@ -1,119 +1,124 @@
 """PyTorch's weights in, and a student's weights out: `python -m tat_jax.convert --help`."""
 
 import argparse
-import math
-import os
 import sys
 from pathlib import Path
 
-import numpy as np
-import safetensors.numpy
-from absl import logging
-
-from tat_jax import outputs, signals
-from tat_jax.networks import ARCHITECTURES
-from tat_jax.weights import folders, store
-from tat_jax.weights.names import convert_entries, export_entries
-from tat_jax.weights.published import fetch
-from tat_jax.weights.torch_file import Entries, read_entries
-
-
-def export(run: Path, path: Path) -> int:
-    """Write the network of converted weights, or the best of a run, as `.pth` or `.safetensors`.
-
-    Returns:
-        The number of entries.
-
-    Raises:
-        FileExistsError: `path` exists.
-        ValueError: the file's ending is another one.
-        ModuleNotFoundError: a `.pth` is asked for, and PyTorch is not installed.
-    """
-    if path.suffix not in (".pth", ".safetensors"):
-        raise ValueError(f"{path} ends neither in .pth nor in .safetensors")
-    if path.exists():
-        raise FileExistsError(f"{path} exists already; remove it or name another file")
-    entries = export_entries(store.load_network(folders.network_folder(run)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        if path.suffix == ".safetensors":
-            safetensors.numpy.save_file(entries, partial)
-        else:
-            _save_pth(entries, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return len(entries)
-
-
-def _save_pth(entries: Entries, path: Path) -> None:
-    try:
-        import torch
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "a .pth file needs PyTorch: pip install torch, or export .safetensors, which timm reads, too"
-        ) from None
-    torch.save({name: torch.from_numpy(array) for name, array in entries.items()}, path)
+from tat_jax import failures, outputs, paths, signals  # and nothing heavy, so that --help answers at once
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Convert what the command line names."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    of_conversion = ("to", "file", "head", "ema", "prefix")
+    unused = of_conversion if options.export else ("checkpoint", "student")
+    given = ["--from" if name == "file" else f"--{name}" for name in unused if getattr(options, name)]
+    if given:
+        parser.error(f"no meaning {'with' if options.export else 'without'} --export: {', '.join(given)}")
+    from absl import logging
+
+    logging.set_verbosity(logging.FATAL)  # Orbax reports every step of every save, and prints what it raises
+    try:
+        if options.export:
+            _export(paths.local(options.what), options)
+        else:
+            _convert(parser, options)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {failures.explain(error)}")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tat_jax.convert",
         description="Convert PyTorch's weights of a network, or export those of a run.",
     )
     parser.add_argument(
-        "what", metavar="ARCHITECTURE|RUN", help=f"{', '.join(ARCHITECTURES)}; a run to export"
+        "what",
+        metavar="ARCHITECTURE|RUN",
+        help="a network, as resnet18 (a wrong one is answered with all); with --export, a run or weights",
     )
-    parser.add_argument("--to", type=Path, help="the folder for the converted weights")
+    parser.add_argument("--to", type=_path, help="the folder for the converted weights")
     parser.add_argument(
         "--from",
         dest="file",
-        type=Path,
-        help="a .pth or .safetensors file with torchvision's or timm's names, instead of a download",
+        metavar="FILE",
+        type=_path,
+        help="a checkpoint of PyTorch or safetensors with torchvision's or timm's names, an index of several "
+        "or their folder, instead of a download",
     )
     parser.add_argument("--head", choices=["fresh"], help="convert the backbone, and start a head afresh")
-    parser.add_argument("--export", type=Path, metavar="FILE", help="write RUN's best student to this file")
-    options = parser.parse_args(arguments)
-    logging.set_verbosity(logging.ERROR)  # Orbax reports every step of every save
+    parser.add_argument("--ema", action="store_true", help="take the moving average beside the weights")
+    parser.add_argument("--prefix", help="take the network whose names begin so, where the file has several")
+    parser.add_argument("--export", type=_path, metavar="FILE", help="write RUN's student to this file")
+    parser.add_argument(
+        "--student", metavar="FILE.py:FUNCTION", help="builds RUN's student, if it is your own"
+    )
+    parser.add_argument(
+        "--checkpoint", choices=["best", "last"], help="of RUN, to export; the best if not said"
+    )
+    return parser
+
+
+def _path(text: str) -> Path:
     try:
-        if options.export:
-            count = export(Path(options.what), options.export)
-            print(f"{options.export}: {count} entries under torchvision's names, from {options.what}")
-        else:
-            _convert(parser, options)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        return paths.local(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _export(run: Path, options: argparse.Namespace) -> None:
+    from tat_jax.config_files import load_builder
+    from tat_jax.export import export
+
+    student = load_builder(options.student) if options.student else None
+    exported = export(run, options.export, options.checkpoint, student=student)
+    names = "the names of its attributes" if student else "torchvision's names"
+    print(f"{options.export}: {exported.entries} entries under {names}, from {exported.folder}")
+    if exported.usage:
+        print(f"{exported.usage}: its classes, and the size, mean and standard deviation of its images")
+    if exported.head != "trained":
+        print(f"its head is {exported.head}: its logits mean nothing")
 
 
 def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    import math
+
+    import numpy as np
+
+    from tat_jax.networks import ARCHITECTURES
+    from tat_jax.usage import usage_of_imagenet
+    from tat_jax.weights import store
+    from tat_jax.weights.files import read_entries
+    from tat_jax.weights.names import convert_entries
+    from tat_jax.weights.published import fetch_weights
+
     if options.what not in ARCHITECTURES:
         parser.error(f"no architecture {options.what!r}; there are {', '.join(ARCHITECTURES)}")
     if options.to is None:
         parser.error("--to says where the converted weights go")
     if options.to.exists():
         raise FileExistsError(f"{options.to} exists already; remove it or name another folder")
-    file = options.file or _published(options.what)
+    file = options.file or fetch_weights(options.what, ARCHITECTURES[options.what].published)
     network = convert_entries(
-        read_entries(file), options.what, fresh_head=options.head == "fresh", source=str(file)
+        read_entries(file),
+        options.what,
+        fresh_head=options.head == "fresh",
+        prefix=options.prefix,
+        ema=options.ema,
+        source=str(file),
     )
+    if options.file is None and options.head is None:
+        network = network._replace(usage=usage_of_imagenet())
     store.save_network(options.to, network)
     parameters = sum(math.prod(np.shape(array)) for array in network.weights.values())
     print(
         f"{options.to}: {options.what}, {len(network.weights)} entries, {parameters:,} numbers, from {file}"
     )
+    if "taken" in network.origin:
+        print(network.origin["taken"])
     if options.head == "fresh":
         print("its head is fresh: terms on logits refuse it as a teacher, TaT does not need it")
-
-
-def _published(architecture: str) -> Path:
-    name = ARCHITECTURES[architecture].published
-    if name is None:
-        raise FileNotFoundError(
-            f"no weights of {architecture} are published; name a file of them with --from"
-        )
-    return fetch(name, Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tat_jax")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,12 @@ from ml_collections import ConfigDict
 from tat_jax import experiment, networks, sharding
 from tat_jax.batch import Batch
 from tat_jax.data.pipeline import Pipeline, open_pipeline
+from tat_jax.data.source import class_names
 from tat_jax.metrics import progress
+from tat_jax.networks import OwnNetwork
 from tat_jax.tasks import TASKS
 from tat_jax.tasks.task import Task
+from tat_jax.usage import other_classes
 from tat_jax.weights import folders
 
 
@@ -40,23 +43,31 @@ class Stopped(Exception):
     """An evaluation was asked to stop by a signal of this number."""
 
 
-def run(config: ConfigDict, folder: str | Path, which: str) -> Evaluation:
+def run(
+    config: ConfigDict, folder: str | Path, which: str, *, student: OwnNetwork | None = None
+) -> Evaluation:
     """Evaluate a network on the validation images of `config`.
 
     Args:
         config: names the task, the data, the batch size and the compute type.
         folder: a run.
         which: "best" or "last" of its checkpoints, or a folder of weights or another run instead.
+        student: a network of your own, as in `train.run`, where the folder holds weights of one.
 
     Raises:
         FileNotFoundError: the network or the data are not there.
-        ValueError: the config is no training's.
+        ValueError: the config is no training's, or the classes of the network are not those of the data.
     """
     experiment.check(config)
-    choose = {"best": folders.best, "last": folders.last}.get(which)
-    network = networks.restore(choose(Path(folder)) if choose else which, dtype=config.dtype)
+    choose = folders.CHOICES.get(which)
+    place = choose(Path(folder)) if choose else Path(which)
+    network = networks.restore(place, dtype=config.dtype, network=student)
     mesh = sharding.make_mesh()
     pipeline = open_pipeline(config, "val", batch_size=sharding.round_up(config.batch_size, mesh))
+    if network.origin["head"] == "fresh":
+        raise ValueError(f"{place} has a head that was never trained: its logits mean nothing")
+    if wrong := other_classes(network, pipeline.source.num_classes, class_names(pipeline.source)):
+        raise ValueError(f"{place} has other classes: {wrong}; name data of its own")
     graph, state = nnx.split(network.view)
     state = jax.device_put(state, sharding.replicated(mesh))
     return evaluate(graph, state, TASKS[config.task](), pipeline, mesh, show=jax.process_index() == 0)

@@ -1,5 +1,6 @@
 """The config of an experiment: every field it has, from the rooms that declare them."""
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from tat_jax import data, losses, networks, optim, tasks
@@ -25,6 +26,12 @@ FIELDS: Fields = {
     "checkpoint_minutes": Field(
         15.0, NOT_NEGATIVE, "from one checkpoint to the next; one follows each evaluation", may_change=True
     ),
+    "keep": Field(
+        "all",
+        one_of("all", "networks"),
+        "of a finished run: all, so that more epochs may follow, or its last and its best network alone",
+        may_change=True,
+    ),
     "student": networks.FIELDS,
     "teacher": networks.FIELDS,
     "losses": losses.FIELDS,
@@ -38,8 +45,10 @@ def check(config: ConfigDict) -> None:
 
     Raises:
         ValueError: fields are missing, unknown or have values that are not allowed; each is named, with what
-            is allowed.
+            is allowed. Or JAX was told nothing of float64.
     """
     values = {name: value for name, value in config.to_dict().items() if name != "study"}
     if lines := list(wrong(FIELDS, values)):
         raise ValueError("in the config, " + "\n  ".join(lines))
+    if config.dtype == "float64" and jnp.result_type(float) != jnp.float64:
+        raise ValueError("dtype='float64' needs JAX_ENABLE_X64=1 in the environment, or it is float32")

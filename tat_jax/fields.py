@@ -32,6 +32,7 @@ class Field(NamedTuple):
         meaning: what it says, in a line.
         may_change: whether a run may go on with another value; or a function of the values before and after.
         optional: whether a config may lack it.
+        none_is: what None stands for, of the fields beside it.
     """
 
     default: Any
@@ -39,6 +40,7 @@ class Field(NamedTuple):
     meaning: str
     may_change: bool | Callable[[Any, Any], bool] = False
     optional: bool = False
+    none_is: Callable[[Mapping[str, Any]], Any] | None = None
 
 
 # Of each name a field, or further fields.

@@ -15,15 +15,18 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tat_jax import experiment, quantities, run_folder, sharding
+from tat_jax import experiment, provenance, quantities, run_folder, sharding
 from tat_jax.build import Built, all_terms, build, build_student, build_teacher, shapes_of
+from tat_jax.checkpoints import read_provenance
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.sample import Sample
+from tat_jax.data.source import class_names
 from tat_jax.evaluate import evaluate
 from tat_jax.losses import Own
-from tat_jax.networks import Network
-from tat_jax.networks.view import View, watch
+from tat_jax.networks import Network, OwnNetwork
+from tat_jax.networks.view import watch
 from tat_jax.tasks import TASKS
+from tat_jax.usage import other_classes
 from tat_jax.weights import folders
 from tat_jax.weights.store import network_weights
 
@@ -73,7 +76,7 @@ def describe_devices(config: ConfigDict, mesh: Mesh) -> tuple[str, Mesh]:
 
 
 def inspect_student(
-    config: ConfigDict, num_classes: int | None, own: nnx.Module | View | None
+    config: ConfigDict, num_classes: int | None, own: OwnNetwork | None
 ) -> tuple[str, Network]:
     """Build the student, and say what it is.
 
@@ -86,7 +89,7 @@ def inspect_student(
 
 
 def inspect_teacher(
-    config: ConfigDict, num_classes: int | None, own: nnx.Module | View | None, losses: Own | None
+    config: ConfigDict, num_classes: int | None, own: OwnNetwork | None, losses: Own | None
 ) -> tuple[str, Network | None]:
     """Build the teacher likewise, where a term of the loss reads it."""
     network = build_teacher(config, num_classes or 1, own, all_terms(config, losses))
@@ -124,13 +127,12 @@ def measure_teacher(
     """Evaluate the teacher on the images of a sample, as `evaluate` does a run."""
     if teacher is None:
         return "left out: there is no teacher", None
-    classes = teacher.arguments.get("num_classes", sample.num_classes)
     if teacher.origin["head"] == "fresh":
         return "left out: its head is not trained", None
     if teacher.origin["head"] == "random":
         return "left out: its weights are random", None
-    if classes != sample.num_classes:
-        return f"left out: it knows {classes:,} classes, the data {sample.num_classes:,}", None
+    if wrong := other_classes(teacher, sample.num_classes, class_names(sample)):
+        return f"left out: {wrong}", None
     if watch(teacher.view, (), config.data.image_size).logits is None:
         return "left out: it gives no logits", None
     task = TASKS[config.task]()
@@ -149,7 +151,7 @@ def measure_teacher(
     state = jax.device_put(state, sharding.replicated(mesh))
     evaluation = evaluate(graph, state, task, data, mesh, show=False)
     # A teacher of few classes is right by chance often: a fifth of the way from there to always.
-    chance = task.chance(classes)
+    chance = task.chance(sample.num_classes)
     poor = evaluation.measures[task.best] < chance + (1 - chance) / 5
     note = (
         f"\nNOTE: a trained teacher has far more, chance is {chance:.2%}: are the classes of the data in the "
@@ -165,24 +167,31 @@ def build_training(
     teacher: Network | None,
     losses: Own | None,
     mesh: Mesh,
+    folder: Path | None,
 ) -> tuple[str, Built]:
-    """Build what is trained, and say by which losses.
+    """Build what is trained, and say by which losses, and what is new of a run that continues.
 
     Raises:
-        ValueError: parts do not fit; both are named.
+        ValueError: parts do not fit, and both are named; or the run in the folder was made of others.
     """
     built = build(
         config,
         mesh,
         num_classes=data.source.num_classes,
         steps_per_epoch=data.steps_per_epoch,
+        classes=class_names(data.source),
         student=student,
         teacher=teacher,
         losses=losses,
     )
     terms = " + ".join(map(str, built.terms))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(built.state.params))
-    return f"{terms}; {config.optimizer.name} trains {parameters:,} parameters", built
+    lines = [f"{terms}; {config.optimizer.name} trains {parameters:,} parameters"]
+    if folder:
+        now = provenance.provenance_of(class_names(data.source), built.teacher)
+        changed = provenance.changes(read_provenance(folder), now, folder)
+        lines += [f"changed: {line}" for line in changed]
+    return "\n".join(lines), built
 
 
 def describe_taps(

@@ -5,13 +5,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-from tat_jax.tasks.task import Task
+from tat_jax.data.pipeline import Pipeline
+from tat_jax.data.source import class_names, printable
+from tat_jax.tasks.task import Label, Task
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
+
+_IMAGES, _COLUMNS = 16, 8  # of each split, in rows of so many
+_LEAST, _MOST = 96, 224  # of the side of an image that is shown
+_LINE = 18  # height of a caption
 
 
 def plot_run(rows: Rows, path: Path, terms: Sequence[str], task: Task) -> None:
@@ -29,23 +37,25 @@ def plot_run(rows: Rows, path: Path, terms: Sequence[str], task: Task) -> None:
     measures.set(xlabel="step", ylabel=f"{', '.join(task.titles.values())}, %", title="Validation")
     for axes in (loss, measures):
         axes.grid(alpha=0.3)
+        _count(axes)
         if axes.lines:
             axes.legend()
     figure.savefig(path, dpi=120)
 
 
-def plot_study(runs: Mapping[str, Sequence[Rows]], teacher: float, path: Path, task: Task) -> None:
+def plot_study(runs: Mapping[str, Sequence[Rows]], teacher: float | None, path: Path, task: Task) -> None:
     """Draw mean and standard deviation of the task's best measure over the seeds of each variant, by epoch.
 
     Args:
         runs: for each variant the rows of its seeds.
-        teacher: the teacher's measure, a fraction.
+        teacher: the teacher's measure, a fraction; None where there is none.
         path: the picture.
         task: says which measure.
     """
     figure = _figure(8, 5)
     axes = figure.subplots()
-    axes.axhline(100 * teacher, color="black", linestyle="--", label=f"teacher {teacher:.1%}")
+    if teacher is not None:
+        axes.axhline(100 * teacher, color="black", linestyle="--", label=f"teacher {teacher:.1%}")
     for name, seeds in runs.items():
         epochs = _column(seeds[0], f"eval/{task.best}", by="epoch")[0]
         values = 100 * np.stack([_column(rows, f"eval/{task.best}")[1] for rows in seeds])
@@ -53,10 +63,65 @@ def plot_study(runs: Mapping[str, Sequence[Rows]], teacher: float, path: Path, t
         (line,) = axes.plot(epochs, mean, label=f"{name} {mean[-1]:.1f} %")
         axes.fill_between(epochs, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.2)
     title = "Students, mean ± standard deviation over seeds"
-    axes.set(xlabel="epoch", ylabel=f"test {task.titles[task.best]}, %", title=title)
+    axes.set(xlabel="epoch", ylabel=f"validation {task.titles[task.best]}, %", title=title)
     axes.grid(alpha=0.3)
+    _count(axes)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
+
+
+def draw_images(train: Pipeline, val: Pipeline, path: Path) -> None:
+    """Draw sixteen training crops and sixteen images to validate as networks see them, with their classes.
+
+    Args:
+        train: the training images; of them the first of the first epoch.
+        val: those to validate, spread evenly over the split.
+        path: the picture.
+
+    Raises:
+        DecodeError: one of them is no image, unless `data.skip_broken`.
+        OSError: an image cannot be read, or the picture not be written.
+    """
+    from matplotlib import get_data_path  # here as in `_figure`
+
+    # Basic, and Pillow's: it draws what it has no letters for as boxes, without a warning.
+    face = Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    font = ImageFont.truetype(face, 12, layout_engine=ImageFont.Layout.BASIC)
+    splits = {"training crops": train, "images to validate": val}
+    shown = {title: list(data.look(_IMAGES)) for title, data in splits.items()}
+    size = max((len(image) for images in shown.values() for image, *_ in images), default=_LEAST)
+    side = min(size * -(-_LEAST // size), _MOST)  # small ones in whole multiples
+    width, height = side + 6, side + _LINE
+    block = _LINE + height * (_IMAGES // _COLUMNS)
+    canvas = Image.new("RGB", (width * _COLUMNS, block * len(shown)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for row, (title, data) in enumerate(splits.items()):
+        draw.text((3, block * row + 2), title, "black", font)
+        for i, (image, label, name) in enumerate(shown[title]):
+            x, y = 3 + i % _COLUMNS * width, block * row + _LINE + i // _COLUMNS * height
+            canvas.paste(Image.fromarray(image).resize((side, side), Image.Resampling.BOX), (x, y))
+            caption = _fit(_caption(label, name, class_names(data.source)), font, side)
+            draw.text((x, y + side + 1), caption, "black", font)
+    canvas.save(path, compress_level=1)
+
+
+def _caption(label: Label, name: str, classes: Sequence[str] | None) -> str:
+    """Return an image's class, or its file's name where a label is none."""
+    if not isinstance(label, int | np.integer):
+        return Path(name).name
+    if classes and 0 <= label < len(classes):
+        return printable(classes[label])
+    return str(label)
+
+
+def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Return a text, or so much of its beginning as is not wider than so many pixels."""
+    if font.getlength(text) <= width:
+        return text
+    text = text[:width]  # a letter takes a pixel
+    while font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"
 
 
 def _figure(width: float, height: float) -> "Figure":
@@ -64,6 +129,13 @@ def _figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _count(axes: "Axes") -> None:
+    """Mark whole steps or epochs alone."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _column(rows: Rows, name: str, by: str = "step") -> tuple[np.ndarray, np.ndarray]:

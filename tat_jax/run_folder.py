@@ -43,7 +43,7 @@ def only_run(folder: Path) -> Iterator[Callable[[], None]]:
                 raise
     except OSError as error:
         # What comes of writing to an open file does not name it.
-        is_of_folder = error.filename is None or str(error.filename).startswith(str(folder))
+        is_of_folder = error.filename is None or _concerns(error.filename, folder)
         is_of_writing = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
         if not (is_of_folder and is_of_writing):
             raise
@@ -51,6 +51,14 @@ def only_run(folder: Path) -> Iterator[Callable[[], None]]:
             f"cannot write in {folder}: {error.strerror}; make room there, and run the same command again, "
             "or choose another --workdir"
         ) from error
+
+
+def _concerns(path: Any, folder: Path) -> bool:
+    """Return whether what an OSError names lies in the folder or on the way to it; others may begin alike."""
+    if not isinstance(path, str | bytes | os.PathLike):  # the number of an open file
+        return False
+    named, here = Path(os.path.abspath(os.fsdecode(path))), Path(os.path.abspath(folder))
+    return named.is_relative_to(here) or here.is_relative_to(named)
 
 
 @contextmanager
@@ -105,7 +113,8 @@ def changes(config: ConfigDict, folder: Path, fields: Fields) -> list[str]:
         field = find(fields, name)
         before, after = (values.get(name, _unsaid(field)) for values in (old, now))
         if before != after:
-            line = f"{name}: {before} there, {after} now"
+            keep = f"; --config.{name}={before} keeps it" if field and field.none_is else ""
+            line = f"{name}: {before} there, {after} now{keep}"
             (taken if _may_change(field, before, after) else refused).append(line)
     if refused:
         head = f"{folder} holds a run of another config; choose another --workdir:"
@@ -114,13 +123,18 @@ def changes(config: ConfigDict, folder: Path, fields: Fields) -> list[str]:
 
 
 def _flat(values: Mapping[str, Any], fields: Fields, prefix: str = "") -> dict[str, Any]:
-    """Return the value of each field by its dotted name; one that holds a mapping stays whole."""
+    """Return the value of each field by its dotted name, or what its None stands for.
+
+    One that holds a mapping stays whole.
+    """
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping) and find(fields, prefix + name) is None:
+        field = find(fields, prefix + name)
+        if isinstance(value, Mapping) and field is None:
             flat |= _flat(value, fields, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
+            derive = field and value is None and field.none_is
+            flat[prefix + name] = derive(values) if derive else value
     return flat
 
 

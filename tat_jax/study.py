@@ -1,64 +1,179 @@
 """A teacher, its students in several variants, each over several seeds, and the table that compares them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tat_jax import experiment, pictures, train
+from tat_jax import evaluate, experiment, pictures, train
+from tat_jax.fields import Field, Fields, Rule, whole, wrong
 from tat_jax.metrics import read_rows
 from tat_jax.tasks import TASKS
+from tat_jax.tasks.task import Task
+
+_TEACHER = "teacher"  # its folder, and its line of the table
+
+
+def _are_seeds(value: Any) -> bool:
+    return (
+        isinstance(value, tuple | list)
+        and 0 < len(value) == len(set(value))
+        and all(map(whole(0).holds, value))
+    )
+
+
+def _are_students(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(changes, Mapping) for changes in value.values())
+        and not any("/" in name or name in (_TEACHER, ".", "..") for name in value)
+    )
+
+
+FIELDS: Fields = {
+    "seeds": Field(
+        (0,), Rule("one or more whole numbers from 0 on, each once", _are_seeds), "of each student"
+    ),
+    "teacher": Field(
+        {},
+        Rule("what differs from the rest of the config", lambda value: isinstance(value, Mapping)),
+        "trained first; a study without takes the config's teacher.weights",
+        optional=True,
+    ),
+    "students": Field(
+        {},
+        Rule(
+            f"by names without / other than {_TEACHER}, what differs from the rest of the config",
+            _are_students,
+        ),
+        "the variants",
+    ),
+}
 
 
 def run(config: ConfigDict, folder: str | Path) -> str:
     """Train the teacher and every student of `config.study` below `folder`, and return the table.
 
-    A student's measure is that after its last epoch, so that no run is chosen by the test images.
-    Runs that are finished are not repeated; an interrupted one continues.
+    A student's measure is that after its last epoch, so that no run is chosen by the images that it is judged
+    by; the teacher's is that of the weights that teach, the best ones of its run. Runs that are finished are
+    not repeated; an interrupted one continues.
 
     Args:
-        config: with `study.seeds`, `study.teacher` and `study.students`, the latter two being what differs
-            from the rest of the config.
-        folder: holds `teacher/`, `<variant>/seed<n>/` and `curves.png` afterwards.
+        config: with `FIELDS` in its `study`.
+        folder: holds `teacher/`, `<variant>/seed<n>/`, `table.txt` and `curves.png` afterwards.
+
+    Raises:
+        ValueError: a run cannot be made; it is named. Nothing is written before all configs are known to be
+            right.
     """
     folder = Path(folder)
-    study = config.study.to_dict()
-    for changes in (study["teacher"], *study["students"].values()):
-        experiment.check(variant(config, changes))
+    check(config)
+    teacher, students = teacher_of(config), students_of(config, folder)
+    for name, trainings in {_TEACHER: [teacher] if teacher else [], **students}.items():
+        with _named(name):
+            for training in trainings:
+                experiment.check(training)
     task = TASKS[config.task]()
-    measure = f"eval/{task.best}"
-    teacher = train.run(variant(config, study["teacher"]), folder / "teacher")["last"][measure]
-    runs = {name: [folder / name / f"seed{seed}" for seed in study["seeds"]] for name in study["students"]}
-    for name, changes in study["students"].items():
-        for seed, run_folder in zip(study["seeds"], runs[name], strict=True):
-            student = variant(config, changes)
+    of_teacher = _measure_teacher(config, teacher, folder, task)
+    rows = {}
+    for name, trainings in students.items():
+        rows[name] = [_train(training, folder / name / f"seed{training.seed}") for training in trainings]
+    table = _table(task, of_teacher, rows)
+    if jax.process_index() == 0:
+        (folder / "table.txt").write_text(f"{table}\n")
+        pictures.plot_study(rows, of_teacher, folder / "curves.png", task)
+    return f"\n{table}\n"
+
+
+def check(config: ConfigDict) -> None:
+    """Check the fields of a config's study.
+
+    Raises:
+        ValueError: some are missing, unknown or not allowed.
+    """
+    if lines := list(wrong(FIELDS, config.study.to_dict(), "study.")):
+        raise ValueError("in the config, " + "\n  ".join(lines))
+
+
+def teacher_of(config: ConfigDict) -> ConfigDict | None:
+    """Return the config of a study's teacher; None where it trains none."""
+    return _variant(config, config.study.teacher) if _TEACHER in config.study else None
+
+
+def students_of(config: ConfigDict, folder: Path) -> dict[str, list[ConfigDict]]:
+    """Return the configs of each variant of a study's students, one for each seed."""
+    students: dict[str, list[ConfigDict]] = {}
+    for name, changes in config.study.students.items():
+        students[name] = []
+        for seed in config.study.seeds:
+            student = _variant(config, changes)
             student.seed = seed
-            student.teacher.weights = str(folder / "teacher")
-            train.run(student, run_folder)
-    rows = {name: [read_rows(run_folder) for run_folder in folders] for name, folders in runs.items()}
-    pictures.plot_study(rows, teacher, folder / "curves.png", task)
-    lasts = {
-        name: [[row[measure] for row in seed if measure in row][-1] for seed in seeds]
-        for name, seeds in rows.items()
-    }
-    return f"\n{_table(task.titles[task.best], teacher, lasts)}\n"
+            if _TEACHER in config.study:
+                student.teacher.weights = str(folder / _TEACHER)
+            students[name].append(student)
+    return students
 
 
-def variant(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
-    """Return the config of a study's teacher or student, of which the study says what `changes`."""
+def _variant(config: ConfigDict, changes: ConfigDict) -> ConfigDict:
+    """Return the config of a training, of which the study says what `changes`."""
     changed = config.copy_and_resolve_references()
-    with changed.unlocked():
+    with changed.unlocked(), changed.ignore_type():  # `experiment.check` says what is wrong, and where
         del changed.study
-    changed.update(changes)
+        changed.update(changes.to_dict())
     return changed
 
 
-def _table(title: str, teacher: float, students: Mapping[str, Sequence[float]]) -> str:
-    lines = [f"{'':16}test {title}, % (mean ± standard deviation)", f"{'teacher':16}{100 * teacher:6.2f}"]
-    for name, values in students.items():
+@contextmanager
+def _named(training: str) -> Iterator[None]:
+    """Add to an error of one of the trainings which one it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"study, {training}: {error}") from error
+
+
+def _train(config: ConfigDict, folder: Path) -> list[dict[str, Any]]:
+    """Train a student, and return the rows of its log."""
+    with _named(f"{folder.parent.name}/{folder.name}"):
+        train.run(config, folder)
+    return read_rows(folder)
+
+
+def _measure_teacher(
+    config: ConfigDict, teacher: ConfigDict | None, folder: Path, task: Task
+) -> float | None:
+    """Return the best measure of the teacher, trained here or before; None where there is none to compare."""
+    if teacher:
+        with _named(_TEACHER):
+            return train.run(teacher, folder / _TEACHER)["best"][f"eval/{task.best}"]
+    try:
+        return evaluate.run(config_of_training(config), folder, config.teacher.weights).measures[task.best]
+    except (
+        FileNotFoundError,
+        ValueError,
+    ):  # random, of other classes, without a head; a student's run says why
+        return None
+
+
+def config_of_training(config: ConfigDict) -> ConfigDict:
+    """Return a study's config without what it says of its trainings."""
+    return _variant(config, ConfigDict())
+
+
+def _table(task: Task, teacher: float | None, students: Mapping[str, Sequence[Sequence[Mapping]]]) -> str:
+    measure, title = f"eval/{task.best}", task.titles[task.best]
+    width = max(map(len, (_TEACHER, *students))) + 2
+    lines = [f"{'':{width}}validation {title}, % (mean ± standard deviation)"]
+    if teacher is not None:
+        lines.append(f"{_TEACHER:{width}}{100 * teacher:6.2f}")
+    for name, seeds in students.items():
+        values = [[row[measure] for row in rows if measure in row][-1] for rows in seeds]
         deviation = f" ± {100 * np.std(values, ddof=1):4.2f}" if len(values) > 1 else ""
-        seeds = ", ".join(f"{100 * value:.2f}" for value in values)
-        lines.append(f"{name:16}{100 * np.mean(values):6.2f}{deviation}   ({seeds})")
+        of_seeds = ", ".join(f"{100 * value:.2f}" for value in values)
+        lines.append(f"{name:{width}}{100 * np.mean(values):6.2f}{deviation}   ({of_seeds})")
     return "\n".join(lines)

@@ -1,7 +1,6 @@
 """One training run: from a config to a folder of checkpoints, metrics and a picture."""
 
 import contextlib
-import functools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,30 +11,31 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tat_jax import distill, experiment, pictures, run_folder, sharding
+from tat_jax import experiment, pictures, provenance, run_folder, sharding
 from tat_jax.batch import Batch
 from tat_jax.build import Built, build
-from tat_jax.checkpoints import Restored, RunCheckpoints
+from tat_jax.checkpoints import Restored, RunCheckpoints, read_provenance
 from tat_jax.data.pipeline import Pipeline, open_pipeline
+from tat_jax.data.source import class_names, some
 from tat_jax.distill import Recipe, TrainState
 from tat_jax.evaluate import Evaluation, Stopped, evaluate
 from tat_jax.losses import Own
-from tat_jax.metrics import MetricWriter, Row, StepLog, progress, read_rows
-from tat_jax.networks.view import View
+from tat_jax.metrics import MetricWriter, Row, StepLog, is_evaluation, progress, read_rows
+from tat_jax.networks import OwnNetwork
 from tat_jax.position import Position
 from tat_jax.signals import Interrupted, StopSignals
+from tat_jax.step import jit_train_step
+from tat_jax.summary import summarize
 from tat_jax.tasks import TASKS
-
-# On a CPU, XLA's YNNPACK convolutions take a third more time for a step than its others; its reductions less.
-_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+from tat_jax.usage import as_json, usage_of
 
 
 def run(
     config: ConfigDict,
     folder: str | Path,
     *,
-    student: nnx.Module | View | None = None,
-    teacher: nnx.Module | View | None = None,
+    student: OwnNetwork | None = None,
+    teacher: OwnNetwork | None = None,
     losses: Own | None = None,
 ) -> dict[str, Row]:
     """Train the student of `config` in `folder`, continuing where an earlier run of the same config stopped.
@@ -48,6 +48,7 @@ def run(
         folder: where the run lives.
         student: a network of your own instead of the config's: called as `student(images, train=…, where=…)`
             it returns logits and sows its taps; a `View` says of another what it is called with and returns.
+            Or a function that builds one, called as `build(num_classes=…, rngs=…)`.
         teacher: likewise.
         losses: further terms of the loss by name, each with its weight, a number or a schedule: a `Loss`, or
             a function of the student's outputs, the teacher's and the batch.
@@ -72,6 +73,7 @@ def run(
         mesh,
         num_classes=data[0].source.num_classes,
         steps_per_epoch=data[0].steps_per_epoch,
+        classes=class_names(data[0].source),
         student=student,
         teacher=teacher,
         losses=losses,
@@ -95,17 +97,6 @@ def report(config: ConfigDict, evaluations: dict[str, Row]) -> str:
     )
 
 
-def jit_train_step(recipe: Recipe, mesh: Mesh) -> jax.stages.Wrapped:
-    """Return the step of a recipe, compiled for the devices of a mesh; the state passed to it is donated."""
-    whole = sharding.replicated(mesh)
-    return jax.jit(
-        functools.partial(distill.train_step, recipe),
-        donate_argnums=0,
-        out_shardings=(whole, whole),
-        compiler_options=_CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None,
-    )
-
-
 class _Training:
     """A run at work, and all that it holds open."""
 
@@ -123,20 +114,26 @@ class _Training:
         self._show = jax.process_index() == 0
         self._step_fn = jit_train_step(built.recipe, mesh)
         self._agreement = sharding.Agreement(mesh)
+        source = data.source
+        self._provenance = provenance.provenance_of(class_names(source), built.teacher)
+        self._usage = usage_of(config, built.student, source.num_classes, class_names(source))
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "_Training":
         """Lock the folder, and continue from its latest checkpoint if there is one."""
         config, folder = self._config, self._folder
-        differences = run_folder.changes(config, folder, experiment.FIELDS)
+        of_config = run_folder.changes(config, folder, experiment.FIELDS)
         with contextlib.ExitStack() as opened:
             self._check_is_there = opened.enter_context(run_folder.only_run(folder))
             self._checkpoints = opened.enter_context(RunCheckpoints(folder))
             self._signals = opened.enter_context(StopSignals())
+            of_parts = provenance.changes(read_provenance(folder), self._provenance, folder)
             restored = self._restore()
-            run_folder.write_config(config, folder, self._position.step, changed=bool(differences))
+            run_folder.write_config(config, folder, self._position.step, changed=bool(of_config))
             if self._show:
-                print(self._summary(restored, differences), flush=True)
+                (folder / "usage.json").write_bytes(as_json(self._usage))
+                print(self._summary(restored, of_config + of_parts), flush=True)
+                pictures.draw_images(self._data, self._eval_data, folder / "images.png")
             self._bar = opened.enter_context(
                 progress(
                     config.epochs * self._position.epoch_images,
@@ -178,11 +175,22 @@ class _Training:
                 f"{self._folder} was trained on {there:,} images, and data.root holds {images:,} now"
             )
         self._state = restored.state if restored else self._built.state
-        self._evaluated = restored.position["evaluated"] if restored else True
         self._position = Position(
             int(self._state.step), self._data.steps_per_epoch, images, self._config.batch_size
         )
+        self._evaluated = restored.position["evaluated"] if restored else True
+        if restored and not restored.can_go_on and self._position.step < self._last_step:
+            raise ValueError(
+                f"{self._folder} kept its networks alone (keep='networks') and cannot go on; "
+                "choose another --workdir"
+            )
+        if self.is_done() and not self._last_evaluation_is_logged():
+            self._evaluated = False
         return restored
+
+    def _last_evaluation_is_logged(self) -> bool:
+        step = self._position.step
+        return any(row["step"] == step and is_evaluation(row) for row in read_rows(self._folder))
 
     @property
     def _last_step(self) -> int:
@@ -265,11 +273,13 @@ class _Training:
         self._save(evaluation.measures)
 
     def finish(self) -> dict[str, Row]:
-        """Draw the run, and return its last and its best evaluation."""
+        """Draw the run, keep of it what is asked for, and return its last and its best evaluation."""
         rows, task = read_rows(self._folder), self._built.recipe.task
         if self._show:
             terms = [term.name for term in self._built.terms]
             pictures.plot_run(rows, self._folder / "curves.png", terms, task)
+        if self._config.keep == "networks":
+            self._checkpoints.drop_training()
         name = f"eval/{task.best}"
         evaluated = [row for row in rows if name in row]
         return {"last": evaluated[-1], "best": max(evaluated, key=lambda row: (row[name], row["step"]))}
@@ -289,6 +299,8 @@ class _Training:
             self._checkpoints.save(
                 self._state,
                 arguments=self._built.student.arguments,
+                usage=self._usage,
+                provenance=self._provenance,
                 position=where | {"evaluated": self._evaluated, "log": self._log.position},
                 metrics=measures,
             )
@@ -303,6 +315,8 @@ class _Training:
     def _describe(self, step: int) -> str:
         """Say what a step was made of, where a run that ends with it stands, and what to do."""
         names = self._data.names(*divmod(step, self._position.steps_per_epoch))
+        if set(names) <= set(self._data.skipped.values()):
+            return f"none of its images could be read; replace or remove them: {some(names)}"
         path = self._folder / f"step{step}_process{jax.process_index()}_images.txt"
         path.write_text("\n".join(names) + "\n")
         saved = self._checkpoints.latest_step()
@@ -313,18 +327,18 @@ class _Training:
             "such steps: --config.steps_left_out=10"
         )
 
+    def _describe_start(self, restored: Restored | None) -> str:
+        if self.is_done():
+            return f"is finished, all {self._last_step:,} steps of it"
+        return f"continues from step {self._position.step}" if restored else "starts"
+
     def _summary(self, restored: Restored | None, differences: list[str]) -> str:
-        student, data = self._built.student, self._data
         return "\n".join(
             [
-                f"{self._folder}: {f'continues from step {self._position.step}' if restored else 'starts'}",
+                f"{self._folder}: {self._describe_start(restored)}",
                 *(f"  damaged  {line}" for line in (restored.set_aside if restored else ())),
                 *(f"  changed  {line}" for line in differences),
-                f"  student  {student.name} from {student.origin['source']}, head {student.origin['head']}",
-                f"  loss     {' + '.join(map(str, self._built.terms))}",
-                f"  data     {len(data.source):,} training images, {len(self._eval_data.source):,} to "
-                f"validate, {data.source.num_classes} classes, {data.steps_per_epoch:,} steps an epoch",
-                f"  devices  {self._mesh.size} × {self._mesh.devices.flat[0].device_kind}",
+                *summarize(self._config, self._built, self._data, self._eval_data, self._mesh),
             ]
         )
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from tat_jax import check, networks, quantities, train
+from tat_jax import check, networks, quantities, train, trial
 from tat_jax.configs import base
+from tat_jax.data import sample
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.sample import Sample
 from tat_jax.data.sources import Digits
@@ -36,6 +37,7 @@ ITEMS += [
     "task",
     "taps",
     "reading",
+    "first look",
     "memory",
     "loss at step 0",
 ]
@@ -110,12 +112,14 @@ def test_all_that_a_training_needs_is_found_and_its_first_step_is_the_training_s
     assert found["check"] == "all hold"
     assert found["devices"] == "8 × cpu, 2 images a step on each"
     assert found["training data"] == "20 images, 10 classes, 2 steps an epoch"
+    of_16 = "16 × 16 pixels cut from a shorter side of 16 (data.eval_resize)"
+    assert found["validation data"] == f"797 images, 10 classes, {of_16}"
     assert found["training sample"].startswith("20 images over the whole split, ")
     assert found["validation sample"].startswith("64 images over the whole split, ")
     taps = "tat_layer2: student layer2 4×4×8 → teacher layer2 4×4×16, 16 positions, "
     assert found["taps"].startswith(taps)
     assert "heads=2" in found["taps"]
-    assert found["teacher"] == "Tiny from Tiny, head trained, 1,586 parameters, all finite"
+    assert found["teacher"] == "Tiny from your own code, head trained, 1,586 parameters, all finite"
     assert re.search(r"2 steps in about \d+ s, without evaluations", found["time"])
 
     train.run(config_of(), tmp_path / "run", student=tiny(4), teacher=tiny(8))
@@ -189,6 +193,17 @@ def test_an_unreadable_image_is_named_by_its_path(find, folder):
     assert found["taps"].startswith("tat_layer2: student")
 
 
+def test_what_is_passed_over_is_counted_and_named(folder):
+    config = image_folder(folder)
+    (Path(config.data.root) / "train/3/a.gif").touch()
+    (Path(config.data.root) / "val/3/link.jpg").symlink_to("nowhere")
+    found = {split: sample.open_data(config, split)[0].splitlines() for split in ("train", "val")}
+    (note,) = found["train"][1:]
+    assert note.startswith("NOTE: train: passed over 1 .gif; read are ")
+    (note,) = found["val"][1:]
+    assert note == f"NOTE: val: passed over links that lead nowhere (1): {config.data.root}/val/3/link.jpg"
+
+
 def test_an_unreadable_image_that_is_skipped_is_named_and_no_failure(find, folder):
     config = image_folder(folder)
     config.data.skip_broken = True
@@ -205,7 +220,7 @@ def test_taps_that_do_not_fit_are_named(find, tmp_path):
     assert not hold
     assert failed(found) == ["task"]
     assert "tat_layer2: the taps differ in height and width" in found["task"]
-    assert left_out(found) == ["taps", "memory", "loss at step 0", "time"]
+    assert left_out(found) == ["taps", "first look", "memory", "loss at step 0", "time"]
     assert "images/s with data.threads=1" in found["reading"]
 
 
@@ -314,7 +329,7 @@ def test_a_batch_that_the_devices_cannot_share_is_named(find):
     assert not hold
     assert failed(found) == ["devices"]
     assert "batch_size=12 is not a multiple of the 8 devices" in found["devices"]
-    assert left_out(found) == ["reading", "memory", "loss at step 0", "time"]
+    assert left_out(found) == ["first look", "memory", "loss at step 0", "time"]
     assert found["task"].startswith("0.5·cross_entropy + 0.5·kd + 0.25·tat_layer2; adamw trains ")
 
 
@@ -399,6 +414,31 @@ def test_reading_that_is_slower_than_the_steps_sets_the_pace(find, monkeypatch):
 )
 def test_a_duration_is_readable(seconds, words):
     assert quantities.duration(seconds) == words
+
+
+def test_a_large_batch_is_looked_at_in_small_first(find):
+    hold, found = find(config_of(batch_size=64))
+    assert hold
+    assert re.fullmatch(r"16 images: loss [0-9.]+, 0 s; 64 would take about 0 s", found["first look"])
+    assert found["loss at step 0"].count(" images alone") == 0
+    _, found = find(config_of())
+    assert found["first look"] == "left out: a batch is as small"
+
+
+def test_a_step_that_would_take_too_long_is_reckoned_from_the_first_look(find, monkeypatch):
+    monkeypatch.setattr(trial, "_LIMIT", 0.0)
+    hold, found = find(config_of(batch_size=64))
+    assert hold
+    loss = re.search(r"loss ([0-9.]+), ", found["first look"])[1]
+    assert found["loss at step 0"].startswith(f"{loss}, gradient norm ")
+    assert ", of 16 images alone, as a step of all takes long\n" in found["loss at step 0"]
+    assert re.search(r"\d+ ms a step, .* 1 steps in about ", found["time"])
+
+
+def test_an_item_that_takes_long_gives_signs_of_life(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(check, "_BEAT", 0.05)
+    assert check.run(config_of(), tmp_path / "run", student=tiny(4), teacher=tiny(8))
+    assert re.search(r"^memory … 0 s$", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_every_training_of_a_study_is_checked_under_a_random_teacher(capsys):

@@ -1,10 +1,12 @@
 """Weights come in and go out bit by bit, and files that are not weights are refused by name."""
 
+import contextlib
 import hashlib
 import http.server
 import json
 import os
 import pickle
+import resource
 import threading
 import zipfile
 
@@ -17,7 +19,8 @@ import torch
 from proofs.torch_resnet import TorchResNet, random_torch_resnet
 from tat_jax import convert, networks
 from tat_jax.weights import names, published, store
-from tat_jax.weights.torch_file import read_entries
+from tat_jax.weights.files import read_entries
+from tests.interpreter import run_python
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +67,6 @@ def test_there_and_back_is_bit_exact(tmp_path, state_dict, name, export):
     if export.endswith(".pth"):
         model = TorchResNet("resnet18", width=4, num_classes=6)
         model.load_state_dict(torch.load(tmp_path / export, weights_only=True), strict=True)
-
-
-def test_wrapped_and_prefixed_state_dicts_are_recognised(tmp_path, state_dict):
-    wrapped = {"epoch": 3, "state_dict": {f"module.{name}": v for name, v in state_dict.items()}}
-    entries = read_entries(save(wrapped, tmp_path / "ddp.pth"))
-    assert_same_entries(without_counters(entries), without_counters(state_dict))
 
 
 @pytest.mark.parametrize("name", ["zip.pth", "legacy.pth"])
@@ -204,6 +201,132 @@ def test_nothing_is_overwritten(tmp_path, state_dict):
     assert "neither in .pth" in error_of("--export", tmp_path / "student.bin", tmp_path / "w")
 
 
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """Let no file grow beyond so many bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("to", ["student.pth", "student.safetensors", "weights"])
+def test_where_nothing_can_be_written_a_line_says_so_and_nothing_is_left(tmp_path, state_dict, capfd, to):
+    file = save(state_dict, tmp_path / "w.pth")
+    command("resnet18", "--from", file, "--to", tmp_path / "w")
+    arguments = ("--export", tmp_path / to, tmp_path / "w")
+    if to == "weights":
+        arguments = ("resnet18", "--from", file, "--to", tmp_path / to)
+    with files_of_at_most(1000):
+        message = error_of(*arguments)
+    assert message == f"error: cannot write {tmp_path / to}: File too large"
+    assert sorted(os.listdir(tmp_path)) == ["w", "w.pth"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_path_below_a_file_is_no_place_for_weights(tmp_path, state_dict):
+    file = save(state_dict, tmp_path / "w.pth")
+    assert f"cannot write {file}/w: Not a directory" in error_of(
+        "resnet18", "--from", file, "--to", file / "w"
+    )
+    command("resnet18", "--from", file, "--to", tmp_path / "w")
+    below = error_of("--export", file / "student.pth", tmp_path / "w")
+    assert below == f"error: cannot write {file}/student.pth: File exists ({file})"
+    (tmp_path / "folder.pth").mkdir()
+    assert "folder.pth exists already" in error_of("--export", tmp_path / "folder.pth", tmp_path / "w")
+
+
+def test_what_is_written_can_be_read_by_others(tmp_path, state_dict):
+    before = os.umask(0o022)
+    try:
+        command("resnet18", "--from", save(state_dict, tmp_path / "w.pth"), "--to", tmp_path / "w")
+        for ending in ("pth", "safetensors"):
+            command("--export", tmp_path / f"s.{ending}", tmp_path / "w")
+    finally:
+        os.umask(before)
+    written = [*tmp_path.glob("s.*"), *(tmp_path / "w").rglob("*")]
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in written)
+
+
+def checkpoint_of(run, step, entries, top1):
+    """Write what an export reads of a run's checkpoint."""
+    arrays = without_counters(entries)
+    folder = run / "checkpoints" / str(step)
+    store.save_network(folder, names.convert_entries(arrays, "resnet18", source="a test"))
+    for item, said in {
+        "data/metadata": store.seal({"metrics": {"top1": top1}}),
+        "metrics/metrics": {"top1": top1},
+    }.items():
+        (folder / item).parent.mkdir()
+        (folder / item).write_text(json.dumps(said))
+
+
+def test_of_a_run_the_best_is_exported_and_the_last_when_asked_for(tmp_path, state_dict, capsys):
+    last = {name: tensor * 2 for name, tensor in state_dict.items()}
+    checkpoint_of(tmp_path / "run", 1, state_dict, 0.9)
+    checkpoint_of(tmp_path / "run", 2, last, 0.8)
+    chosen = {"default": (), "best": ("--checkpoint", "best"), "last": ("--checkpoint", "last")}
+    for name, flags in chosen.items():
+        command("--export", tmp_path / f"{name}.safetensors", tmp_path / "run", *flags)
+        expected = without_counters(last if name == "last" else state_dict)
+        assert_same_entries(read_entries(tmp_path / f"{name}.safetensors"), expected)
+        assert f"from {tmp_path}/run/checkpoints/{2 if name == 'last' else 1}" in capsys.readouterr().out
+    one = tmp_path / "run" / "checkpoints" / "1"
+    message = error_of("--export", tmp_path / "one.safetensors", one, "--checkpoint", "last")
+    assert "1 is one network, not a run: leave out --checkpoint last" in message
+
+
+def test_a_head_that_means_nothing_is_said_at_export(tmp_path, state_dict, capsys):
+    file = save(state_dict, tmp_path / "w.safetensors")
+    command("resnet18", "--from", file, "--to", tmp_path / "w", "--head", "fresh")
+    command("--export", tmp_path / "s.safetensors", tmp_path / "w")
+    assert "its head is fresh: its logits mean nothing" in capsys.readouterr().out
+
+
+def test_the_command_says_which_of_two_networks_it_took_and_keeps_it_with_the_weights(
+    tmp_path, state_dict, capsys
+):
+    both = {"state_dict": state_dict, "state_dict_ema": {n: t * 2 for n, t in state_dict.items()}}
+    file = save(both, tmp_path / "both.pth")
+    command("resnet18", "--from", file, "--to", tmp_path / "plain")
+    assert (
+        "taken from 'state_dict.'; beside it lies 'state_dict_ema.', which --ema" in capsys.readouterr().out
+    )
+    command("resnet18", "--from", file, "--to", tmp_path / "ema", "--ema")
+    assert "taken from 'state_dict_ema.'" in capsys.readouterr().out
+    assert "taken from 'state_dict_ema.'" in store.load_network(tmp_path / "ema").origin["taken"]
+    command("resnet18", "--from", file, "--to", tmp_path / "named", "--prefix", "state_dict_ema.")
+    assert "taken from 'state_dict_ema.'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--export", "s.pth", "run", "--ema", "--to", "x"), "no meaning with --export: --to, --ema"),
+        (("--export", "s.pth", "run", "--from", "x"), "no meaning with --export: --from"),
+        (("resnet18", "--to", "x", "--checkpoint", "last"), "no meaning without --export: --checkpoint"),
+        (("resnet18",), "--to says where the converted weights go"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(arguments, said, capsys):
+    error_of(*arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_help_does_not_wait_for_what_it_does_not_need():
+    asked = """
+        import sys
+        from tat_jax import convert
+        try:
+            convert.main(["--help"])
+        except SystemExit:
+            print([name for name in ("jax", "flax", "numpy", "torch") if name in sys.modules])
+    """
+    assert run_python(asked).stdout.splitlines()[-1] == "[]"
+
+
 @pytest.fixture
 def server(tmp_path):
     """Serve a folder on this machine, with the truth or less of it."""
@@ -258,6 +381,31 @@ def test_a_download_is_kept_once_its_size_and_hash_are_right(tmp_path, server):
 def test_a_server_that_does_not_answer_is_named_with_the_way_out(tmp_path):
     with pytest.raises(OSError, match=r"cannot fetch http://127.0.0.1:9/resnet18.*--from"):
         published.fetch("resnet18-f37072fd.pth", tmp_path, published_at="http://127.0.0.1:9")
+
+
+def test_a_cache_that_cannot_be_written_is_named_and_the_server_is_not_blamed(tmp_path, server):
+    _, folder, url = server
+    (folder / "resnet18-0.pth").write_bytes(b"weights")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot keep .*file/cache/resnet18-0\.pth: Not a.*XDG_CACHE_HOME"):
+        published.fetch("resnet18-0.pth", tmp_path / "file" / "cache", published_at=url)
+
+
+def test_without_a_home_folder_a_download_has_no_place(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where neither HOME nor passwd says one
+    assert "set HOME or XDG_CACHE_HOME" in error_of("resnet18", "--to", tmp_path / "w")
+
+
+@pytest.mark.parametrize("option", ["--to", "--from", "--export"])
+def test_a_bucket_is_no_place_to_convert_from_or_to(option, capsys):
+    error_of("resnet18", option, "gs://bucket/weights.pth")
+    assert "gs://bucket/weights.pth is not on a disk of this machine; mount" in capsys.readouterr().err
+
+
+def test_the_home_folder_is_found_in_the_paths_of_a_conversion(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert str(tmp_path / "w.pth") in error_of("resnet18", "--from", "~/w.pth", "--to", "~/w")
 
 
 def test_a_network_without_published_weights_says_how_to_name_a_file(tmp_path, monkeypatch):

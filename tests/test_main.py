@@ -72,7 +72,7 @@ def write_run(folder, **changes):
         (["--config.batch_size=many"], "--config.batch_size=many: allowed is a whole number from 1 on"),
         (["--config=r18_r34:smok"], "takes the argument 'smoke' or none, not 'smok'"),
         (["--config=nothing.py"], "no file nothing.py"),
-        (["--config="], "no config ''; there are digits"),
+        (["--config="], "no config ''; there are "),
         (["--config"], "Missing value for flag --config"),
         (["--config", "--workdir", "x"], "'x'"),
         (["--config=base"], "no config 'base'"),

@@ -133,6 +133,22 @@ def test_weights_that_are_not_there_are_named_with_the_command_that_makes_them(t
         build(entry(weights=str(folder)))
 
 
+@pytest.mark.parametrize("name", ["w.pth", "w.pth.tar"])
+def test_a_file_that_is_named_as_weights_comes_with_a_command_that_makes_them_of_it(name, tmp_path):
+    file = tmp_path / name
+    file.touch()
+    advice = f"python -m tat_jax.convert resnet18 --from {file} --to weights/w, and name weights/w instead"
+    with pytest.raises(NotADirectoryError, match=advice):
+        build(entry(weights=str(file)))
+    with pytest.raises(NotADirectoryError, match=f"ARCHITECTURE --from {file} --to weights/w"):
+        networks.restore(file)
+
+
+def test_a_folder_that_is_there_and_holds_no_weights_is_not_to_be_made(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint in {tmp_path}: train one"):
+        build(entry(weights=str(tmp_path)))
+
+
 OWN = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2), "image_size": 8}
 
 

@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
+from PIL import Image
 
+from tat_jax.configs import base
+from tat_jax.data import eval_resize
 from tat_jax.data.pipeline import Pipeline, open_pipeline
 from tat_jax.data.sources import Example, ImageFolder
 from tat_jax.data.transforms import DecodeError, eval_transform
@@ -47,6 +50,8 @@ def make(source, *, batch_size=8, train=True, seed=0, threads=0, skip_broken=Fal
             "crop_ratio": RATIO,
             "flip": True,
             "skip_broken": skip_broken,
+            "exif_orientation": False,
+            "grey_range": None,
         }
     )
     return Pipeline(
@@ -172,8 +177,10 @@ class TestPipeline:
         root = folder("train/ant/1.jpg", "train/ant/2.jpg")
         source = ImageFolder(root, "train")
         (root / "train/ant/2.jpg").unlink()
-        with pytest.raises(FileNotFoundError, match=r"ant/2\.jpg"):
+        gone = r"ant/2\.jpg cannot be read \(No such file or directory\); make it readable, or take it out"
+        with pytest.raises(FileNotFoundError, match=gone) as caught:
             list(make(source, threads=2, skip_broken=True).epoch(0))
+        assert caught.value.errno is None  # by which a run takes it for an error of its own folder
 
     def test_an_abandoned_epoch_does_not_keep_the_process(self):
         done = run_python(
@@ -205,6 +212,57 @@ class TestPipeline:
         data = ConfigDict({"image_size": 64, "eval_resize": 60})
         with pytest.raises(ValueError, match=r"eval_resize=60 is less than image_size=64"):
             Pipeline(Photographs(1), Classification(), data, batch_size=1, train=True, seed=0, threads=0)
+
+    @pytest.mark.parametrize(("size", "resize"), [(224, 256), (96, 110), (64, 73), (299, 342), (1, 1)])
+    def test_evaluation_cuts_its_centre_from_torchvisions_share_unless_another_is_said(self, size, resize):
+        data = base.base().data
+        data.image_size = size
+        assert eval_resize(data) == resize
+        image = photograph(40, 60)
+        derived = Classification().transform(image, 0, None, data)[0]
+        data.eval_resize = resize
+        np.testing.assert_array_equal(Classification().transform(image, 0, None, data)[0], derived)
+        data.eval_resize = 2 * size + 3
+        assert eval_resize(data) == 2 * size + 3
+        assert (Classification().transform(image, 0, None, data)[0] != derived).any()
+        assert f"{size} × {size} pixels cut from a shorter side of {2 * size + 3} " in (
+            Classification().preparation(data)
+        )
+
+    def test_files_are_decoded_as_the_config_says(self, folder):
+        root = folder("train/ant/1.png", "train/ant/2.jpg", "val/ant/1.png")
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        upright = photograph(40, 60)
+        (root / "train/ant/2.jpg").write_bytes(encode(Image.fromarray(upright), exif=exif, quality=100))
+        grey = np.linspace(1000, 1255, 64).astype(np.uint16).reshape(8, 8)
+        (root / "train/ant/1.png").write_bytes(encode(grey, "PNG"))
+        config = base.base()
+        config.data.update({"root": str(root), "threads": 0, "image_size": 8, "eval_resize": 8})
+        config.data.update({"grey_range": (1000, 1255), "exif_orientation": True})
+        source = open_pipeline(config, "train").source
+        data = Pipeline(source, Classification(), config.data, batch_size=2, train=False, seed=0, threads=0)
+        (batch,) = data.epoch(0)
+        np.testing.assert_array_equal(batch.image[0], np.repeat(grey[..., None] - 1000, 3, axis=-1))
+        turned = eval_transform(np.ascontiguousarray(upright[::-1, ::-1]), resize=8, size=8)
+        assert np.abs(batch.image[1].astype(int) - turned).mean() < 3
+
+    def test_a_look_shows_the_crops_that_come_first_and_images_to_validate_of_all_classes(self):
+        source = Photographs(200)
+        (first, *_) = make(source, batch_size=16, train=True).epoch(0)
+        looked = list(make(source, train=True).look(16))
+        np.testing.assert_array_equal(np.stack([image for image, _, _ in looked]), first.image)
+        assert [label for _, label, _ in looked] == first.label.tolist()
+        names = [name for _, _, name in make(source, train=False).look(3)]
+        assert names == ["photograph 0", "photograph 99", "photograph 199"]
+        assert len(list(make(Photographs(5), train=False).look(16))) == 5
+
+    def test_a_look_leaves_out_broken_files_where_the_run_does(self):
+        broken = make(Photographs(3, {1: b""}), train=False, skip_broken=True)
+        assert [name for _, _, name in broken.look(16)] == ["photograph 0", "photograph 2"]
+        assert broken.skipped == {}
+        with pytest.raises(DecodeError, match="photograph 1: the file is empty"):
+            list(make(Photographs(3, {1: b""}), train=False).look(16))
 
     def test_a_config_opens_both_splits(self):
         from configs import digits

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
 
@@ -77,6 +78,18 @@ def test_a_field_that_one_of_two_configs_lacks_is_at_its_default(tmp_path):
     with config.unlocked():
         config.losses.tat.layer9 = base.loss("tat", weight=0.1, heads=1)
     with pytest.raises(ValueError, match=r"workdir:\n  losses.tat.layer9.weight: 0.0 there, 0.1 now$"):
+        run_folder.changes(config, tmp_path, FIELDS)
+
+
+def test_what_none_stands_for_is_no_change_and_another_is_refused_with_the_way_to_keep_it(tmp_path):
+    config = r18_r34.get_config()
+    config.data.eval_resize = 256  # as every config of before said it
+    config = written(config, tmp_path)
+    config.data.eval_resize = None
+    assert run_folder.changes(config, tmp_path, FIELDS) == []
+    config.data.image_size = 96
+    keep = r"data.eval_resize: 256 there, 110 now; --config.data.eval_resize=256 keeps it\n"
+    with pytest.raises(ValueError, match=keep):
         run_folder.changes(config, tmp_path, FIELDS)
 
 
@@ -195,6 +208,27 @@ class TestOnlyRun:
         with pytest.raises(OSError, match=error.strerror) as raised:
             self.work(tmp_path, fail)
         assert raised.value is error
+
+    @pytest.mark.parametrize(
+        ("path", "is_blamed"),
+        [
+            ("run_data/train/a.jpg", False),
+            ("run/../run_data/a.jpg", False),
+            ("run/row", True),
+            (b"run/row", True),
+            ("run", True),
+            (".", True),
+            (7, False),
+        ],
+    )
+    def test_a_folder_whose_name_begins_alike_is_another(self, tmp_path, monkeypatch, path, is_blamed):
+        def fail(*_):
+            raise OSError(errno.EACCES, "Permission denied", path)
+
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(OSError, match="Permission denied") as raised:
+            self.work(Path("run"), fail)
+        assert str(raised.value).startswith("cannot write in run: ") == is_blamed
 
     def work(self, folder, work):
         with only_run(folder) as check_is_there:

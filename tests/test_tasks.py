@@ -134,6 +134,8 @@ DATA = ConfigDict(
         "crop_ratio": (1.0, 1.0),
         "flip": True,
         "skip_broken": False,
+        "exif_orientation": False,
+        "grey_range": None,
     }
 )
 

@@ -103,6 +103,61 @@ def test_the_newest_version_is_read(data_dir, tmp_path):
     assert len(Tfds("miniature", tmp_path, "train")) == 5
 
 
+def test_what_is_called_otherwise_than_a_version_is_passed_over(data_dir, tmp_path):
+    shutil.copytree(data_dir / "miniature/1.0.0", tmp_path / "miniature/1.0.0")
+    for name in ("1.0.0_backup", "1.0", "2.0.0.incomplete", "latest"):
+        shutil.copytree(data_dir / "miniature/1.0.0", tmp_path / "miniature" / name)
+        (tmp_path / "miniature" / name / "dataset_info.json").write_text("{}")
+    assert len(Tfds("miniature", tmp_path, "train")) == 5
+
+
+def test_classes_have_the_names_of_the_data_set(data_dir):
+    assert Tfds("miniature", data_dir, "val").classes == ["ant", "bee", "cat"]
+
+
+@pytest.fixture
+def record_file(data_dir, tmp_path) -> Path:
+    """Return the file of the training images in a copy of the data set."""
+    shutil.copytree(data_dir, tmp_path / "copy")
+    (path,) = (tmp_path / "copy/miniature/1.0.0").glob("*train*record*")
+    return path
+
+
+def flip(data: bytes) -> bytes:
+    """Change a byte in the middle, which a record's check sum covers."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage", [flip, lambda data: data[:-100], lambda data: b""], ids=["bit", "cut", "empty"]
+)
+def test_a_damaged_record_is_named_with_its_file_and_the_way_out(record_file, damage):
+    record_file.write_bytes(damage(record_file.read_bytes()))
+    source = Tfds("miniature", record_file.parents[2], "train")
+    named = rf"^record \d of miniature/train in {record_file} cannot be read, it is damaged .*; copy it anew"
+    with pytest.raises(ValueError, match=named) as caught:
+        [source[i] for i in range(5)]
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named_at_once(record_file):
+    record_file.unlink()
+    with pytest.raises(
+        FileNotFoundError, match=rf"lacks 1 of its 1 files of train: {record_file.name}; copy"
+    ):
+        Tfds("miniature", record_file.parents[2], "train")
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"name": 3}'])
+@pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
+def test_a_damaged_description_is_named(record_file, file, text):
+    (record_file.parent / file).write_text(text)
+    with pytest.raises(ValueError, match=rf"{record_file.parent} ") as caught:
+        Tfds("miniature", record_file.parents[2], "train")
+    assert "\n" not in str(caught.value)
+
+
 def test_an_image_without_label_is_an_error(data_dir):
     source = Tfds("miniature", data_dir, "val")
     with pytest.raises(ValueError, match=r"photo_6\.JPEG has no label"):

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from tat_jax import experiment, overrides
 from tat_jax.configs import r18_r34, r18_r34_kd, torchdistill
+from tat_jax.data import eval_resize
 from tat_jax.torchdistill import read
 
 TAT = Path(__file__).parent / "torchdistill" / "tat.yaml"
@@ -134,11 +135,15 @@ def differences(config, other):
 
 # What it comes to
 
+# The side from which evaluation cuts is said in the recipe, and follows from the image size here.
+DIFFERENT = {"gpus", "log_every", "data.root", "data.threads", "data.eval_resize"}
+
 
 def test_the_recipe_is_that_of_r18_r34_but_for_what_it_says_otherwise():
     config = torchdistill.get_config(str(TAT))
     experiment.check(config)
-    assert differences(config, r18_r34.get_config()) == {"gpus", "log_every", "data.root", "data.threads"}
+    assert differences(config, r18_r34.get_config()) == DIFFERENT
+    assert eval_resize(config.data) == eval_resize(r18_r34.get_config().data) == 256
     assert (config.gpus, config.log_every, config.data.threads) == (8, 70, 12)
     assert config.data.root == "/disk/imagenet"
 
@@ -150,7 +155,7 @@ def kd_recipe():
 
 def test_the_recipe_with_kd_is_that_of_r18_r34_kd(text):
     differ = differences(text(kd_recipe()), r18_r34_kd.get_config())
-    assert differ == {"gpus", "log_every", "data.root", "data.threads"}
+    assert differ == DIFFERENT
 
 
 def test_a_file_that_is_indented_but_for_its_first_line_is_read_as_the_published_recipe_with_kd_is(text):

@@ -12,8 +12,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tat_jax import evaluate, study, train
-from tat_jax.configs import base, digits, r18_r34, r18_r34_ce, r18_r34_kd, r18_r34_scratch, supervised
+from tat_jax import evaluate, train
+from tat_jax.configs import (
+    base,
+    compare,
+    digits,
+    finetune,
+    r18_r34,
+    r18_r34_ce,
+    r18_r34_kd,
+    r18_r34_scratch,
+    supervised,
+)
 from tat_jax.data.pipeline import open_pipeline
 from tat_jax.losses import terms_of
 from tat_jax.metrics import read_rows
@@ -93,7 +103,8 @@ def test_a_run_leaves_checkpoints_metrics_events_config_and_a_picture(uninterrup
         "eval/top5",
     } <= logged
     assert "train/tat_layer1" not in logged
-    assert (uninterrupted / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("curves.png", "images.png"):
+        assert (uninterrupted / name).read_bytes().startswith(b"\x89PNG")
     assert list(uninterrupted.glob("events.out.tfevents.*"))
     assert json.loads((uninterrupted / "config.json").read_text())["epochs"] == 4
 
@@ -246,16 +257,33 @@ def test_a_folder_where_a_run_is_at_work_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
-def test_a_training_set_that_grew_since_is_refused(folder, tmp_path):
+def test_what_is_passed_over_is_told_and_a_training_set_that_grew_since_is_refused(folder, tmp_path, capsys):
     root = folder(
         *(f"{split}/{name}/{i}.JPEG" for split in ("train", "val") for name in "ab" for i in range(4))
     )
     config = config_of(epochs=1)
     config.data.update({"source": "imagefolder", "root": str(root)})
+    (root / "train/a/more.gif").touch()
     run(config, tmp_path / "run")
+    told = capsys.readouterr().out
+    assert (
+        "\n  images   16 × 16 pixels cut from a shorter side of 16 (data.eval_resize), to validate\n" in told
+    )
+    assert told.count("\n  note     train: passed over 1 .gif; read are ") == 1
     folder("train/a/new.JPEG")
     config.epochs = 2
     with pytest.raises(ValueError, match=r"trained on 8 images, and data.root holds 9 now"):
+        run(config, tmp_path / "run")
+
+
+def test_a_batch_of_which_no_image_can_be_read_is_told_as_that(folder, tmp_path):
+    root = folder("train/a/0.jpg", "train/b/0.jpg", "val/a/0.jpg")
+    for name in "ab":
+        (root / f"train/{name}/0.jpg").write_bytes(b"no image")
+    config = config_of()
+    config.data.update({"source": "imagefolder", "root": str(root), "skip_broken": True})
+    said = r"none of its images could be read; replace or remove them: .*/train/[ab]/0.jpg, "
+    with pytest.raises(FloatingPointError, match=said):
         run(config, tmp_path / "run")
 
 
@@ -386,7 +414,9 @@ def test_a_run_without_checkpoints_comes_with_the_command_that_makes_them(tmp_pa
         evaluate.run(config_of(), tmp_path, "best")
 
 
-@pytest.mark.parametrize("experiment", [r18_r34, r18_r34_ce, r18_r34_kd, r18_r34_scratch, supervised, digits])
+@pytest.mark.parametrize(
+    "experiment", [r18_r34, r18_r34_ce, r18_r34_kd, r18_r34_scratch, supervised, digits, finetune, compare]
+)
 def test_every_config_has_a_miniature_without_files(experiment):
     config = experiment.get_config("smoke")
     assert config.data.source == "digits"
@@ -420,24 +450,6 @@ def test_a_variant_is_the_recipe_but_for_what_its_name_says(variant, changes):
     config = r18_r34.get_config()
     config.update_from_flattened_dict(changes)
     assert variant.get_config() == config
-
-
-def test_a_study_compares_its_students_and_their_networks_evaluate_to_what_it_says(tmp_path):
-    config = digits.get_config("smoke")
-    config.batch_size = 16
-    config.student.width = config.teacher.width = config.study.teacher.student.width = 2
-    config.data.update({"image_size": 8, "eval_resize": 8, "labels_per_class": 2})
-    config.study.teacher.data.labels_per_class = 2
-    with config.ignore_type():
-        config.study.update({"seeds": (0, 1)})
-        config.study.students = {"kd": {"losses": {"cross_entropy": {"weight": 0.5}, "kd": {"weight": 0.5}}}}
-    table = study.run(config, tmp_path)
-    seeds = [read_rows(tmp_path / "kd" / f"seed{seed}")[-1]["eval/top1"] for seed in (0, 1)]
-    assert f"{100 * np.mean(seeds):.2f} ± {100 * np.std(seeds, ddof=1):.2f}" in table
-    assert (tmp_path / "curves.png").exists()
-    last = evaluate.run(config, tmp_path / "kd" / "seed0", "last")
-    assert last.measures["top1"] == seeds[0]
-    assert last.images == 797
 
 
 def test_networks_and_losses_of_ones_own_can_be_trained_with_twice(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tat_jax.data.transforms import (
     DecodeError,
@@ -28,9 +28,12 @@ SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims so many pixels and holds none."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-        for chunk in (header, b"IDAT")
+    return b"\x89PNG\r\n\x1a\n" + png_chunks(header, b"IDAT")
+
+
+def png_chunks(*chunks: bytes) -> bytes:
+    return b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
     )
 
 
@@ -49,7 +52,6 @@ class TestDecode:
             ("P", "PNG", {}),
             ("P", "PNG", {"transparency": bytes(range(256))}),
             ("RGBA", "PNG", {}),
-            ("I;16", "PNG", {}),
             ("RGB", "WEBP", {"lossless": True}),
             ("RGB", "BMP", {}),
             ("RGB", "PPM", {}),
@@ -57,10 +59,7 @@ class TestDecode:
         ],
     )
     def test_every_mode_becomes_what_pillow_makes_of_it(self, mode, kind, options):
-        image = Image.fromarray(photograph()).convert("L" if mode == "I;16" else mode)
-        if mode == "I;16":
-            image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
-        data = encode(image, kind, **options)
+        data = encode(Image.fromarray(photograph()).convert(mode), kind, **options)
         expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
         got = decode(data, "photo.JPEG")
         assert got.dtype == np.uint8
@@ -149,6 +148,126 @@ class TestDecode:
         )
         assert done.stdout.strip() == "bomb: 100,000,000 pixels, more than the 89,478,485 allowed"
         assert done.stderr == ""
+
+
+def tiff(levels: np.ndarray, *, bits=None, white_is_zero=False) -> bytes:
+    """Write grey levels as they are, in a TIFF of one strip and their byte order."""
+    kind = {"u": 1, "i": 2, "f": 3}[levels.dtype.kind]
+    order = ">" if levels.dtype.byteorder == ">" else "<"
+    data = levels.tobytes()
+    if bits == 12:  # two pixels in three bytes
+        data = b"".join((int(a) << 12 | int(b)).to_bytes(3, "big") for a, b in levels.reshape(-1, 2))
+    fields = {256: levels.shape[1], 257: levels.shape[0], 258: bits or 8 * levels.itemsize, 259: 1}
+    fields |= {262: int(not white_is_zero), 273: 8, 277: 1, 278: levels.shape[0], 279: len(data), 339: kind}
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in fields.items())
+    head = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, 8 + len(data))
+    return head + data + struct.pack(f"{order}H", len(fields)) + entries + bytes(4)
+
+
+RAMP = np.linspace(0, 65535, 40 * 60).astype(np.uint16).reshape(40, 60)
+
+
+class TestGrey:
+    @pytest.mark.parametrize(
+        "data",
+        [
+            encode(RAMP, "PNG"),
+            encode(RAMP, "PPM"),
+            tiff(RAMP),
+            tiff(RAMP.astype(">u2")),
+            tiff((RAMP.astype(int) - 32768).astype(np.int16)),
+            tiff((RAMP.astype(int) - 32768).astype(">i2")),
+            tiff(65535 - RAMP, white_is_zero=True),
+            tiff(RAMP // 16, bits=12),
+            encode(RAMP, "TIFF", compression="tiff_lzw"),
+        ],
+        ids=["PNG", "PGM", "II", "MM", "II signed", "MM signed", "white is zero", "12 bits", "compressed"],
+    )
+    def test_of_16_bits_spreads_from_the_least_to_the_greatest_of_its_type(self, data):
+        seen = decode(data, "xray")
+        assert (seen.shape, seen.dtype) == ((40, 60, 3), np.uint8)
+        assert (seen == seen[..., :1]).all()
+        assert np.abs(seen[..., 0] - RAMP / 257).max() <= 0.6  # half a level, and a sixteenth for 12 bits
+        assert len(np.unique(seen)) == 256
+
+    @pytest.mark.parametrize(
+        ("levels", "black", "white"),
+        [
+            (RAMP, 1000, 5095),
+            (RAMP.astype(np.uint32) + 2**31, 2**31, 2**31 + 65535),
+            (RAMP.astype(np.int32) - 65535, -65535, 0),
+            (RAMP.astype(np.float32) / 65535, 0.25, 0.5),
+        ],
+        ids=["16 bits", "32 bits", "32 bits signed", "floats"],
+    )
+    def test_of_any_kind_is_black_and_white_where_it_is_said(self, levels, black, white):
+        seen = decode(tiff(levels), "xray", grey_range=(black, white))
+        expected = np.clip((levels.astype(float) - black) / (white - black), 0, 1) * 255
+        assert np.abs(seen[..., 0] - expected).max() <= 0.501
+
+    @pytest.mark.parametrize(
+        ("levels", "kind"),
+        [
+            (RAMP.astype(np.float32), "floats"),
+            (RAMP.astype(np.int32), "whole numbers of 32 bits"),
+            (RAMP.astype(np.uint32), "whole numbers of 32 bits"),
+        ],
+        ids=["floats", "signed", "unsigned"],
+    )
+    def test_whose_type_says_nothing_of_its_levels_is_refused(self, levels, kind):
+        message = rf'^a/b\.tif: its grey levels are {kind}; say which .*data\.grey_range="\(0, 1\)"$'
+        with pytest.raises(DecodeError, match=message):
+            decode(tiff(levels), "a/b.tif")
+
+    def test_that_is_no_number_is_refused(self):
+        levels = RAMP.astype(np.float32)
+        levels[3, 5] = np.nan
+        with pytest.raises(DecodeError, match=r"^a: some of its grey levels are no numbers$"):
+            decode(tiff(levels), "a", grey_range=(0, 1))
+
+    @pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGB"])
+    def test_of_8_bits_and_colours_stay_as_they_are_whatever_the_range(self, mode):
+        data = encode(Image.fromarray(photograph()).convert(mode), "PNG")
+        np.testing.assert_array_equal(decode(data, "a", grey_range=(100, 4095)), decode(data, "a"))
+
+    @pytest.mark.parametrize("kind", [2, 4, 6], ids=["colour", "grey with alpha", "colour with alpha"])
+    def test_of_16_bits_in_several_channels_keeps_the_high_byte(self, kind):
+        channels = {2: 3, 4: 2, 6: 4}[kind]
+        pixels = np.random.default_rng(0).integers(0, 65536, (4, 6, channels)).astype(">u2")
+        rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+        header = b"IHDR" + struct.pack(">IIBBBBB", 6, 4, 16, kind, 0, 0, 0)
+        data = b"\x89PNG\r\n\x1a\n" + png_chunks(header, b"IDAT" + zlib.compress(rows), b"IEND")
+        high = (pixels[..., : 1 if kind == 4 else 3] >> 8).astype(np.uint8)
+        np.testing.assert_array_equal(decode(data, "a"), np.broadcast_to(high, (4, 6, 3)))
+
+
+class TestOrientation:
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+    @pytest.mark.parametrize("orientation", range(10))
+    def test_is_undone_exactly_as_pillow_undoes_it_and_only_if_asked_for(self, kind, orientation):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options = {"lossless": True} if kind == "WEBP" else {}
+        data = encode(Image.fromarray(photograph(8, 12)), kind, exif=exif, **options)
+        with Image.open(io.BytesIO(data)) as opened:
+            upright = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+        with Image.open(io.BytesIO(data)) as opened:
+            as_it_is = np.asarray(opened.convert("RGB"))
+        memory = np.empty(3 * 8 * 12, np.uint8)
+        np.testing.assert_array_equal(decode(data, "a", memory, exif_orientation=True), upright)
+        np.testing.assert_array_equal(decode(data, "a", memory), as_it_is)
+
+    def test_may_be_said_in_xmp_as_pillow_reads_it(self):
+        xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
+        data = encode(Image.fromarray(photograph(8, 12)), xmp=xmp)
+        with Image.open(io.BytesIO(data)) as opened:
+            upright = np.asarray(ImageOps.exif_transpose(opened))
+        assert upright.shape == (12, 8, 3)
+        np.testing.assert_array_equal(decode(data, "a", exif_orientation=True), upright)
+
+    def test_of_a_file_that_says_none_is_upright(self):
+        data = encode(photograph())
+        np.testing.assert_array_equal(decode(data, "a", exif_orientation=True), decode(data, "a"))
 
 
 class TestRandomResizedCrop:

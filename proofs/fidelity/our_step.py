@@ -13,7 +13,7 @@ from tat_jax.batch import Batch
 from tat_jax.build import Built
 from tat_jax.distill import Distillation, TrainState
 from tat_jax.networks.view import View
-from tat_jax.train import jit_train_step
+from tat_jax.step import jit_train_step
 from tat_jax.weights import store
 from tat_jax.weights.names import convert_entries, to_ours, to_torch, torch_name
 

@@ -25,8 +25,8 @@ from tat_jax.data.transforms import decode, eval_transform
 from tat_jax.metrics import progress
 from tat_jax.networks.view import View
 from tat_jax.weights import store
+from tat_jax.weights.files import read_entries
 from tat_jax.weights.names import export_entries
-from tat_jax.weights.torch_file import read_entries
 
 ARCHITECTURES = ("resnet18", "resnet34")
 _BATCH = 20

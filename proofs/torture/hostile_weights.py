@@ -1,11 +1,16 @@
 """Weight files that attack or lie, as bytes by name."""
 
+import argparse
+import datetime
 import io
 import json
+import pathlib
 import struct
 import zipfile
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from proofs.torture.packing import (
     Files,
@@ -66,10 +71,41 @@ def gadgets(canary: Path) -> dict[str, bytes]:
         + value("system")
         + b"K\x01tR0"
         b"\x82\x01" + command + b"\x85R",
+        **_of_harmless_names(system, command),
         "a persistent id in text": b"Pposix.system\n",
         "a persistent id of a module": b"(" + value("module") + system + command + command + value(4) + b"tQ",
         "a persistent id of a function": storage(kind=rebuild),
         "a call of a storage": storage() + command + b"\x85R",
+    }
+
+
+def _of_harmless_names(system: bytes, command: bytes) -> dict[str, bytes]:
+    """Return operations that run code by way of names that are stepped over, or of what lies beside them."""
+    namespace = name("argparse", "Namespace")
+    reaching = {
+        "argparse": "Namespace.__init__.__globals__",
+        "pathlib": "Path.touch",
+        "builtins": "object.__reduce_ex__",
+        "collections": "namedtuple",
+        "numpy": "load",
+        "torch": "load",
+        "types": "FunctionType",
+        "typing": "get_type_hints",
+        "_codecs": "decode",
+        "mmengine.config.config": "Config.fromfile",
+    }
+    found = {
+        f"{module}.{path}": value(module) + value(path) + b"\x93" + command + b"\x85R"
+        for module, path in reaching.items()
+    }
+    return found | {
+        "a factory that runs code": name("collections", "defaultdict") + system + b"\x85R",
+        "attributes that run code": namespace + b")\x81}" + value("__reduce__") + system + b"sb",
+        "an array whose type runs code": name("numpy.core.multiarray", "_reconstruct") + system + b"\x85R",
+        "a call of what was made of a harmless name": namespace + b")\x81" + command + b"\x85R",
+        "an item of what was made of a harmless name": namespace + b")\x81" + system + command + b"s",
+        "a path that is made": name("pathlib", "PosixPath") + command + b"\x85R",
+        "a codec": name("_codecs", "encode") + command + value("zip") + b"\x86R",
     }
 
 
@@ -98,9 +134,9 @@ def _growing_operations(doubled: bytes) -> dict[str, bytes]:
     rebuild = name("torch._utils", "_rebuild_tensor_v2")
     return {
         "memo": b"Nr\xff\xff\xff\x7f",
-        "hash": b"}" + doubled + b"K\x01s",
+        "hash": doubled + b"}h\0K\x01s",
         "repr": lists + b"Q",
-        "names": b"}" + lists + b"K\x01s",
+        "names": lists + b"}h\0K\x01s",
         "global": doubled + value("system") + b"\x93",
         "arguments": b"("
         + storage()
@@ -128,20 +164,49 @@ def _growing_operations(doubled: bytes) -> dict[str, bytes]:
         "strides": tensor(shape=(1 << 40,), strides=(0,)),
         "overflow": tensor(shape=(0, 1 << 62, 1 << 62), strides=(1 << 62, 1 << 62, 1)),
         "offset": tensor(offset=1 << 70),
+        **_growing_beside(),
         "negative": tensor(strides=(-1,), offset=3),
     }
+
+
+def _growing_beside() -> dict[str, bytes]:
+    """Return operations that grow, were they done, by way of what a weight file may have beside tensors."""
+    pairs = b"](" + (b"](" + value("a") + b"Ne") * 100_000 + b"eq\1"
+    size = value(1 << 60) + b"\x85R"
+    return {
+        "items": pairs + name("collections", "OrderedDict") + b"q\2" + b"h\2h\1\x85R" * 100_000 + b"t",
+        "range": name("builtins", "list") + name("builtins", "range") + size + b"\x85R",
+        "bytes": name("builtins", "bytes") + size,
+        "array": name("numpy", "ndarray") + size,
+        "set": b"\x8f(" + b"N" * 400_000 + b"\x90",
+        "frozen": b"(" + b"N" * 400_000 + b"\x91",
+        "twice": b"}(" + value("x0") + b"}q\0" + _doubling(60) + b"u",
+        "within": b"}q\0" + value("a") + b"h\0s",
+        "deep": (b"}" + value("a")) * 100_000 + b"N" + b"s" * 100_000,
+        "name": b"}" * 300 + (value("a" * 100_000) + b"Ns") + (value("a" * 400) + b"Ns"),
+    }
+
+
+def _doubling(count: int) -> bytes:
+    """Return items of a dictionary that are dictionaries, each with the one before twice."""
+    return b"".join(
+        value(f"x{i}") + b"}(" + value("a") + b"h%c" % (i - 1) + value("b") + b"h%c" % (i - 1) + b"uq%c" % i
+        for i in range(1, count)
+    )
 
 
 def _oversized() -> Files:
     four = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
     giant = pickled({"conv1.weight": tensor(shape=(1 << 60,), of=storage(size=1 << 60))})
-    shared = b"q\1"
-    views = {"first": tensor((1 << 20,), of=storage(size=1 << 20)) + shared}
-    views |= {f"layer{i}.weight": b"h\1" for i in range(20_000)}
+    size = 1 << 20
+    first = {"first": tensor((size,), of=storage(size=size) + b"q\1") + b"q\2"}
+    views = {f"layer{i}.weight": tensor((size - i,), offset=i, of=b"h\1") for i in range(20_000)}
+    again = {f"layer{i}.weight": b"h\2" for i in range(20_000)}
     return {
         "claimed.pth": zipped(giant),
         "claimed-legacy.pth": legacy(giant, {"0": 1 << 60}),
-        "shared.pth": zipped(pickled(views), {"0": bytes(4 << 20)}),
+        "shared.pth": zipped(pickled(first | views), {"0": bytes(4 << 20)}),
+        "again.pth": zipped(pickled(first | again), {"0": bytes(4 << 20)}),
         "empty.pth": zipped(
             pickled(
                 {
@@ -258,6 +323,35 @@ def lying_headers() -> Files:
     return {f"{key}.safetensors": file for key, file in files.items()}
 
 
+def lying_indexes(outside: str) -> Files:
+    """Return indexes of weight files that name what is not beside them, or that ask for much."""
+    places: dict[str, Any] = {
+        "absolute": {"a": "/etc/passwd"},
+        "endless": {"a": "/dev/zero"},
+        "climbing": {"a": f"../{outside}"},
+        "the folder": {"a": "."},
+        "the one above": {"a": ".."},
+        "itself": {"a": "7-itself.index.json"},
+        "missing": {"a": "missing.safetensors"},
+        "nameless": {"a": ""},
+        "a null": {"a": "a\0.bin"},
+        "numbers": {"a": 3},
+        "a list": ["a.bin"],
+        "nothing": {},
+    }
+    files = {title: json.dumps({"weight_map": place}).encode() for title, place in places.items()}
+    files |= {
+        "deep": b'{"weight_map":' + b"[" * 1_000_000,
+        "large": b'{"weight_map":{}}' + b" " * (5 << 20),
+        "many": json.dumps({"weight_map": {str(i): f"{i}.bin" for i in range(100_000)}}).encode(),
+        "twice": b'{"weight_map":{"a":"a.bin","a":"b.bin"}}',
+        "no JSON": b"\xff{{{",
+        "empty": b"",
+        "a number": b"9" * 1_000_000,
+    }
+    return {f"{key}.index.json": file for key, file in files.items()}
+
+
 def networks() -> dict[str, Files]:
     """Return a narrow ResNet-18 in every form, other networks, and it with weights that are no numbers."""
     # Imported here, because the processes that are watched have no use for it.
@@ -287,8 +381,12 @@ def networks() -> dict[str, Files]:
         str(x): {**own, "layer3.1.bn2.running_var": torch.full((8,), x, dtype=torch.float64)}
         for x in (float("nan"), float("inf"), float("-inf"), 1e300)
     }
+    training: dict[str, Any] = {
+        **{"model": own, "epoch": 3, "metric": np.float64(71.5), "time": datetime.datetime(2026, 1, 1)},
+        "args": argparse.Namespace(lr=0.1, root=pathlib.PosixPath("/data"), sizes=torch.Size([1])),
+    }
     return {
-        "good": forms(own, "resnet18"),
+        "good": forms(own, "resnet18") | {"training.zip.pth": saved(training, "zip.pth")},
         "weights of another network": {
             k: v for title, e in other.items() for k, v in forms(e, title).items()
         },

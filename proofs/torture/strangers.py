@@ -37,12 +37,13 @@ def command(path: Path) -> str:
 
 def weights(path: Path) -> str:
     """Try a weight file as the command does, short of writing."""
+    from tat_jax.weights.files import read_entries
     from tat_jax.weights.names import convert_entries
-    from tat_jax.weights.torch_file import read_entries
 
     try:
         entries = read_entries(path)
-        if sum(array.nbytes for array in entries.values()) > path.stat().st_size:
+        distinct = {id(array): array.nbytes for array in entries.values()}
+        if sum(distinct.values()) > path.stat().st_size:
             return "read as more than it holds"
         convert_entries(entries, "resnet18", source=str(path))
     except ValueError as error:
@@ -173,6 +174,7 @@ def weight_faults(keep: Path) -> list[Fault]:
             **hostile_weights.bombs(),
             "names that climb out": hostile_weights.climbing(outside),
             "safetensors headers that lie": hostile_weights.lying_headers(),
+            "indexes of weight files that lie": hostile_weights.lying_indexes(outside),
             **networks,
         }
         groups = {

@@ -1,7 +1,20 @@
 """From files to batches: `sources` finds images, `transforms` crops them, `pipeline` batches them."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tat_jax.data.image_folder import FOLDERS
 from tat_jax.data.sources import SOURCES
 from tat_jax.fields import FOLDER, TEXT, YES_OR_NO, Field, numbers, one_of, or_none, whole
+
+
+def eval_resize(data: ConfigDict | Mapping[str, Any]) -> int:
+    """Return the shorter side from which evaluation cuts the centre; unsaid it is torchvision's share."""
+    said = data["eval_resize"]
+    return round(data["image_size"] * 256 / 224) if said is None else said
+
 
 FIELDS = {
     "source": Field("imagefolder", one_of(*SOURCES), "where the images come from"),
@@ -10,8 +23,18 @@ FIELDS = {
     "labels_per_class": Field(
         int, or_none(whole(1)), "of digits: train on the first so many of each class; None: all"
     ),
+    "classes": Field(
+        str,
+        or_none(one_of(FOLDERS)),
+        "of imagefolder: 'folders' numbers the folders; None: so, but ImageNet's 1,000 if all are its ids",
+    ),
     "image_size": Field(224, whole(1), "height and width of what networks see"),
-    "eval_resize": Field(256, whole(1), "the shorter side from which evaluation cuts the centre"),
+    "eval_resize": Field(
+        int,
+        or_none(whole(1)),
+        "the shorter side from which evaluation cuts the centre; None: image_size · 256 / 224",
+        none_is=eval_resize,
+    ),
     "crop_scale": Field(
         (0.08, 1.0),
         numbers(
@@ -33,6 +56,12 @@ FIELDS = {
         may_change=True,
     ),
     "flip": Field(True, YES_OR_NO, "mirror half of the training images", may_change=True),
+    "exif_orientation": Field(False, YES_OR_NO, "turn and mirror images as their EXIF says"),
+    "grey_range": Field(
+        tuple,
+        or_none(numbers(2, "two numbers, the second greater", lambda black, white: black < white)),
+        "of grey of more than 8 bits: the levels that are black and white; None: least and most of the type",
+    ),
     "threads": Field(16, whole(0), "that read ahead; 0 reads between the steps", may_change=True),
     "skip_broken": Field(False, YES_OR_NO, "go on without images that do not decode", may_change=True),
 }

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import grain
 import jax
@@ -11,7 +12,8 @@ from jaxtyping import Integer
 from ml_collections import ConfigDict
 
 from tat_jax.batch import Batch
-from tat_jax.data.sources import Example, Source, open_source
+from tat_jax.data.source import Example, Source
+from tat_jax.data.sources import open_source
 from tat_jax.data.transforms import DecodeError, decode
 from tat_jax.tasks import TASKS
 from tat_jax.tasks.task import Label, Task
@@ -71,6 +73,10 @@ class Pipeline:
         self.skipped: dict[int, str] = {}
         self._task = task
         self._data = data
+        self._decoding: dict[str, Any] = {
+            "grey_range": data.grey_range and tuple(data.grey_range),
+            "exif_orientation": data.exif_orientation,
+        }
         self._blank_label = task.blank_label(data)
         self._batch_size = batch_size
         self._local_size = batch_size // process_count
@@ -111,6 +117,25 @@ class Pipeline:
         first = step * self._batch_size + self._first_row
         chosen = self._order(epoch)[first : first + self._local_size]
         return [self.source[index].name for index in chosen.tolist()]
+
+    def look(self, count: int) -> Iterator[tuple[np.ndarray, Label, str]]:
+        """Yield `count` images as the first epoch has them, with their labels and names.
+
+        In training they are its first ones; in evaluation, where classes come one after the other, they are
+        spread evenly. Those that do not decode are left out if `data.skip_broken`.
+        """
+        order = self._order(0)
+        if not self._train:
+            order = order[np.unique(np.linspace(0, len(order) - 1, count).astype(int))]
+        for index in order[:count].tolist():
+            example = self.source[index]
+            try:
+                image, label = self._transform(example, 0, index)
+            except DecodeError:
+                if not self._data.skip_broken:
+                    raise
+                continue
+            yield image, label, example.name
 
     def _order(self, epoch: int) -> np.ndarray:
         order = np.arange(len(self.source))
@@ -157,7 +182,7 @@ class Pipeline:
     def _transform(self, example: Example, epoch: int, index: int) -> tuple[np.ndarray, Label]:
         image = example.image
         if isinstance(image, bytes):
-            image = decode(image, example.name, self._memory())
+            image = decode(image, example.name, self._memory(), **self._decoding)
         rng = self._rng(epoch, 1 + index) if self._train else None
         try:
             image, label = self._task.transform(image, example.label, rng, self._data)

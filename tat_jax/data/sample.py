@@ -6,7 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tat_jax.data.pipeline import Pipeline, open_pipeline
-from tat_jax.data.sources import Example, Source
+from tat_jax.data.source import Example, Source, class_names, notes
 from tat_jax.tasks import TASKS
 
 _IMAGES = 64
@@ -21,6 +21,7 @@ class Sample:
 
     def __init__(self, source: Source):
         self.num_classes = source.num_classes
+        self.classes = class_names(source)
         self._source = source
         self._indices = np.unique(np.linspace(0, len(source) - 1, _IMAGES).astype(int)).tolist()
 
@@ -32,15 +33,19 @@ class Sample:
 
 
 def open_data(config: ConfigDict, split: str) -> tuple[str, Pipeline]:
-    """Open the split `train` or `val` of a config's data, and say how much it is.
+    """Open the split `train` or `val` of a config's data, and say how much it is and what was passed over.
 
     Raises:
         FileNotFoundError: the images are not there.
         ValueError: the config does not fit them or itself.
     """
     data = open_pipeline(config, split)
-    steps = f", {data.steps_per_epoch:,} steps an epoch" if split == "train" else ""
-    return f"{len(data.source):,} images, {data.source.num_classes:,} classes{steps}", data
+    if split == "train":
+        more = f"{data.steps_per_epoch:,} steps an epoch"
+    else:
+        more = TASKS[config.task]().preparation(config.data)
+    lines = [f"{len(data.source):,} images, {data.source.num_classes:,} classes, {more}"]
+    return "\n".join([*lines, *(f"NOTE: {note}" for note in notes(data.source))]), data
 
 
 def read_sample(config: ConfigDict, data: Pipeline, split: str) -> tuple[str, Sample]:

@@ -4,12 +4,15 @@ import contextlib
 import io
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
 from cykooz_resizer import FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
 from jaxtyping import UInt8
-from PIL import Image, TiffImagePlugin
+from PIL import ExifTags, Image, TiffImagePlugin
+
+from tat_jax.data.grey import to_rgb
 
 # Those of torchvision's file extensions. Pillow knows more, and starts Ghostscript for one of them.
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
@@ -19,6 +22,17 @@ _MAX_PIXELS = 89_478_485
 _SCAN, _MAX_SCANS = b"\xff\xda\0", 100
 # As wide as what it shrinks: antialias.
 _BILINEAR = ResizeOptions(resize_alg=ResizeAlg.convolution(FilterType.bilinear))
+
+# What undoes each of EXIF's orientations but the first, which is upright.
+_TURNS: dict[object, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels.swapaxes(0, 1)[:, ::-1],
+    7: lambda pixels: pixels.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda pixels: pixels.swapaxes(0, 1)[::-1],
+}
 
 # What Pillow warns of, `decode` rejects or torchvision ignores. Threads share the filters, so that they
 # cannot be set around each call.
@@ -30,19 +44,27 @@ class DecodeError(ValueError):
 
 
 def decode(
-    image: bytes, name: str, memory: UInt8[np.ndarray, " bytes"] | None = None
+    image: bytes,
+    name: str,
+    memory: UInt8[np.ndarray, " bytes"] | None = None,
+    *,
+    grey_range: tuple[float, float] | None = None,
+    exif_orientation: bool = False,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Decode an image file to RGB as torchvision does: the EXIF orientation is not applied.
+    """Decode an image file to RGB as torchvision does, but that grey of more than 8 bits keeps its levels.
 
     Args:
         image: the whole file.
         name: what errors call it.
         memory: where the pixels may lie, until the next call with it. New memory for each image costs more
             time than its resize.
+        grey_range: of grey of more than 8 bits a pixel, the levels that become black and white; see
+            `grey.to_rgb`.
+        exif_orientation: turn and mirror the image as its EXIF says; torchvision does not.
 
     Raises:
-        DecodeError: the bytes are no image, are cut short, or would take more memory or time than an image
-            of 89 million pixels.
+        DecodeError: the bytes are no image, are cut short, would take more memory or time than an image of 89
+            million pixels, or are grey levels that need a `grey_range`.
     """
     if not image:
         raise DecodeError(f"{name}: the file is empty")
@@ -54,7 +76,11 @@ def decode(
         height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
         if height * width <= _MAX_PIXELS and colours in ("YCbCr", "Gray"):
             fits = memory is not None and 3 * height * width <= memory.size
-            return simplejpeg.decode_jpeg(image, "RGB", buffer=memory if fits else None)
+            rgb = simplejpeg.decode_jpeg(image, "RGB", buffer=memory if fits else None)
+            if exif_orientation and _may_be_turned(image):
+                with Image.open(io.BytesIO(image), formats=("JPEG",)) as opened:
+                    rgb = _turn_upright(rgb, opened)
+            return rgb
     # Pillow's readers raise whatever their parsing meets: OSError, SyntaxError, struct.error, IndexError …
     try:
         with Image.open(io.BytesIO(image), formats=_FORMATS) as opened:
@@ -66,12 +92,27 @@ def decode(
             )
             tile = math.prod(sides)
             if pixels <= _MAX_PIXELS and tile <= _MAX_PIXELS:  # a tile may be larger than the image
-                return np.asarray(opened.convert("RGB"))
+                rgb = to_rgb(opened, grey_range)
+                return _turn_upright(rgb, opened) if exif_orientation else rgb
     except Image.UnidentifiedImageError:
         raise DecodeError(f"{name}: not an image; it begins with {image[:16]!r}") from None
     except Exception as error:
         raise DecodeError(f"{name}: {error}") from error
     raise DecodeError(f"{name}: {max(pixels, tile):,} pixels, more than the {_MAX_PIXELS:,} allowed")
+
+
+def _may_be_turned(jpeg: bytes) -> bool:
+    """Return whether a JPEG has a segment of EXIF or XMP, or is built otherwise than most."""
+    place = 2
+    while jpeg[place] == 0xFF and jpeg[place + 1] not in (0xDA, 0xE1, 0xFF):
+        place += 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")
+    return jpeg[place : place + 2] != b"\xff\xda"
+
+
+def _turn_upright(rgb: np.ndarray, opened: Image.Image) -> np.ndarray:
+    """Turn and mirror pixels as the file says, as a view of them. Of a TIFF Pillow has done it."""
+    turn = _TURNS.get(opened.getexif().get(ExifTags.Base.Orientation))
+    return turn(rgb) if turn else rgb
 
 
 def random_resized_crop_box(

@@ -97,8 +97,10 @@ def _check_maps(heads: int, **maps: Array) -> None:
 
 def _check_same_shape(**maps: Array) -> None:
     (first, expected), *others = maps.items()
+    if expected.ndim != 4:
+        raise ValueError(f"{first} is no map [batch, height, width, channels]: its shape is {expected.shape}")
     for name, x in others:
-        if x.shape != expected.shape or x.ndim != 4:
+        if x.shape != expected.shape:
             raise ValueError(
                 f"{first} and {name} do not have one shape [batch, height, width, channels]: "
                 f"{expected.shape} and {x.shape}"
@@ -229,7 +231,12 @@ class TargetAwareTransformer(Loss):
             outputs.taps[options[f"{which}_tap"]].shape[1:]
             for which, outputs in (("student", student), ("teacher", teacher))
         )
-        if len(ours) != 3 or ours[:2] != theirs[:2]:
+        if len(ours) != 3 or len(theirs) != 3:
+            raise ValueError(
+                f"the taps must be maps [height, width, channels]: the student's is {list(ours)}, "
+                f"the teacher's {list(theirs)}"
+            )
+        if ours[:2] != theirs[:2]:
             raise ValueError(
                 f"the taps differ in height and width: the student's is {list(ours[:2])}, "
                 f"the teacher's {list(theirs[:2])}"

@@ -5,8 +5,9 @@ Each other file of this folder that has `ARCHITECTURES` is a family of networks;
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from tat_jax.networks.view import MEAN, STD, View
 from tat_jax.weights import folders, store
 from tat_jax.weights.store import StoredNetwork
 
+OwnNetwork: TypeAlias = nnx.Module | Callable[..., nnx.Module]  # one of the user's, or what builds it
 Entry: TypeAlias = ConfigDict | Mapping[str, Any]  # the `FIELDS` of one network
 RANDOM = "random"  # weights drawn from the seed instead of read from a folder
 
@@ -62,11 +64,13 @@ class Network(NamedTuple):
             view has that is not the default. Empty for a network of your own.
         origin: where its weights came from, as `source`; `head` is "trained", "random", or "fresh" where its
             logits mean nothing yet.
+        usage: what is known of its images and its classes, see `usage.usage_of`; empty of random weights.
     """
 
     view: View
     arguments: dict[str, Any]
     origin: dict[str, str]
+    usage: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def name(self) -> str:
@@ -112,36 +116,48 @@ def build(
         weights = weights | _head(view.network, arguments["architecture"])
         origin["head"] = "fresh"
     store.set_weights(view.network, weights, source=source)
-    return Network(view, arguments, origin)
+    return Network(view, arguments, origin, stored.usage)
 
 
-def own(network: object) -> Network:
-    """Return a network of the user's, an nnx module or a `View` of one, as one of ours.
+def own(network: object, *, num_classes: int, seed: int) -> Network:
+    """Return a network of the user's as one of ours: an nnx module, a `View` of one, or what builds either.
 
-    Its logits count as trained.
+    Its logits count as trained. A function, or a class, is called as `build(num_classes=…, rngs=…)`.
 
     Raises:
         ValueError: it is no network.
     """
     if isinstance(network, Network):
         return network
+    if not isinstance(network, nnx.Module) and callable(network):
+        network = network(num_classes=num_classes, rngs=nnx.Rngs(seed))
     if not isinstance(network, nnx.Module):
         raise ValueError(f"a {type(network).__name__} is no network: it must be a flax.nnx module, or a View")
     view = network if isinstance(network, View) else View(network)
-    return Network(view, {}, {"head": "trained", "source": type(view.network).__name__})
+    return Network(view, {}, {"head": "trained", "source": "your own code"})
 
 
-def restore(folder: str | Path, *, dtype: DTypeLike = "float32") -> Network:
+def restore(
+    folder: str | Path, *, dtype: DTypeLike = "float32", network: OwnNetwork | None = None
+) -> Network:
     """Build the network of a folder of converted weights, of a checkpoint, or the best one of a run.
+
+    Args:
+        folder: where it lies.
+        dtype: the type of activations.
+        network: one of your own, as `own` takes it, in which the weights are then.
 
     Raises:
         FileNotFoundError: there is no network in `folder`.
-        ValueError: what is there cannot be read.
+        ValueError: what is there cannot be read, or is the weights of another network.
     """
-    stored = _stored(folder)
-    view = _view(stored.arguments, dtype=dtype, rngs=nnx.Rngs(0))
+    stored = store.load_network(folders.network_folder(Path(folder)))
+    if network is not None:
+        view = own(network, num_classes=stored.usage.get("num_classes", 1), seed=0).view
+    else:
+        view = _view(_known(stored, folder).arguments, dtype=dtype, rngs=nnx.Rngs(0))
     store.set_weights(view.network, stored.weights, source=str(folder))
-    return Network(view, stored.arguments, {**stored.origin, "source": str(folder)})
+    return Network(view, stored.arguments, {**stored.origin, "source": str(folder)}, stored.usage)
 
 
 def construct(
@@ -174,10 +190,11 @@ def find(architecture: str) -> Architecture:
     return ARCHITECTURES[architecture]
 
 
-def _stored(folder: str | Path) -> StoredNetwork:
-    stored = store.load_network(folders.network_folder(Path(folder)))
+def _known(stored: StoredNetwork, folder: str | Path) -> StoredNetwork:
     if not stored.arguments:
-        raise ValueError(f"{folder} holds a network of your own; build it, then set its weights")
+        raise ValueError(
+            f"{folder} holds a network of your own; name what builds it, as --student=mine.py:build"
+        )
     return stored
 
 
@@ -185,8 +202,11 @@ def _load(entry: Entry) -> StoredNetwork:
     """Read the network that an entry names, and check that it is the one it describes."""
     weights = entry["weights"]
     try:
-        stored = _stored(weights)
+        folder = folders.network_folder(Path(weights), entry["architecture"])
+        stored = _known(store.load_network(folder), weights)
     except FileNotFoundError as error:
+        if Path(weights).exists():
+            raise
         raise FileNotFoundError(
             f"no weights in {weights}; make them with: "
             f"python -m tat_jax.convert {entry['architecture']} --to {weights}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from tat_jax.batch import Batch
+from tat_jax.data import eval_resize
 from tat_jax.data.transforms import eval_transform, train_transform
 from tat_jax.networks.view import Outputs
 from tat_jax.tasks.task import Label, Task
@@ -27,8 +28,15 @@ class Classification(Task):
 
     def check(self, data: ConfigDict) -> None:
         """Raise a ValueError if the centre is larger than what it is cut from."""
-        if data.eval_resize < data.image_size:
-            raise ValueError(f"data.eval_resize={data.eval_resize} is less than image_size={data.image_size}")
+        resize = eval_resize(data)
+        if resize < data.image_size:
+            raise ValueError(f"data.eval_resize={resize} is less than image_size={data.image_size}")
+
+    def preparation(self, data: ConfigDict) -> str:
+        """Say from which shorter side the centre of the images is cut."""
+        return (
+            f"{super().preparation(data)} cut from a shorter side of {eval_resize(data)} (data.eval_resize)"
+        )
 
     def transform(
         self,
@@ -39,10 +47,14 @@ class Classification(Task):
     ) -> tuple[UInt8[np.ndarray, "size size 3"], Label]:
         """Crop at random and flip; in evaluation resize the shorter side and take the centre."""
         if rng is None:
-            return eval_transform(image, resize=data.eval_resize, size=data.image_size), label
+            return eval_transform(image, resize=eval_resize(data), size=data.image_size), label
         return train_transform(
             image, rng, size=data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip
         ), label
+
+    def sizes(self, data: ConfigDict) -> dict[str, Any]:
+        """Return the shorter side, to which images are resized, and the centre that is cut from it."""
+        return {"shorter_side": eval_resize(data), "centre": data.image_size}
 
     def measure(self, outputs: Outputs, batch: Batch, teacher: Outputs | None) -> dict[str, Float[Array, ""]]:
         """Return how often the student's first class is the label, and how often the teacher's first class.

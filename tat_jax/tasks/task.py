@@ -37,6 +37,10 @@ class Task(ABC):
         """Raise a ValueError if `data` asks for what `transform` cannot do."""
         return
 
+    def preparation(self, data: ConfigDict) -> str:
+        """Say in a few words how images are transformed to be evaluated."""
+        return f"{data.image_size} × {data.image_size} pixels"
+
     @abstractmethod
     def transform(
         self,
@@ -56,6 +60,10 @@ class Task(ABC):
         Raises:
             ValueError: they cannot be transformed. Whoever calls adds the name of the image.
         """
+
+    def sizes(self, data: ConfigDict) -> dict[str, Any]:
+        """Return, as JSON has it, the sizes to which evaluation brings an image, by name."""
+        return {"size": data.image_size}
 
     def measure(self, outputs: Outputs, batch: Batch, teacher: Outputs | None) -> dict[str, Float[Array, ""]]:
         """Return what a training step reports of its batch besides the losses.

@@ -7,13 +7,26 @@ from tat_jax.weights.orbax_quiet import try_to_read
 from tat_jax.weights.store import read_sealed
 
 
-def network_folder(folder: Path) -> Path:
+def network_folder(folder: Path, architecture: str = "ARCHITECTURE") -> Path:
     """Return where the network of a folder of converted weights, or the best one of a run, lies.
 
     Raises:
         FileNotFoundError: `folder` is neither.
+        NotADirectoryError: it is a file, as those are that can be converted.
     """
-    return Path(folder) if (Path(folder) / "student").is_dir() else best(folder)
+    folder = Path(folder)
+    if folder.is_file():
+        to = Path("weights") / folder.name.partition(".")[0]
+        raise NotADirectoryError(
+            f"{folder} is a file, not a folder of converted weights; make one with: "
+            f"python -m tat_jax.convert {architecture} --from {folder} --to {to}, and name {to} instead"
+        )
+    return folder if is_network(folder) else best(folder)
+
+
+def is_network(folder: Path) -> bool:
+    """Return whether a folder holds a network itself, as converted weights and checkpoints do."""
+    return (folder / "student").is_dir()
 
 
 def best(run: Path) -> Path:
@@ -48,6 +61,9 @@ def last(run: Path) -> Path:
     return checkpoints(run) / str(_existing(run)[-1])
 
 
+CHOICES = {"best": best, "last": last}  # of a run's checkpoints
+
+
 def checkpoints(run: Path) -> Path:
     """Return the folder in which each checkpoint of a run has a folder named by its step."""
     return Path(run) / "checkpoints"
@@ -61,9 +77,14 @@ def steps(run: Path) -> list[int]:
 
 def _existing(run: Path) -> list[int]:
     found = steps(run)
-    if not found:
-        raise FileNotFoundError(f"no checkpoint in {run}: train one with main.py --workdir {run}")
-    return found
+    if found:
+        return found
+    below = sorted(
+        str(path.parent) for depth in ("*", "*/*") for path in Path(run).glob(f"{depth}/checkpoints")
+    )
+    if below:
+        raise FileNotFoundError(f"{run} holds several runs; name one of them: {', '.join(below)}")
+    raise FileNotFoundError(f"no checkpoint in {run}: train one with main.py --workdir {run}")
 
 
 def first(metrics: dict[str, float]) -> float:

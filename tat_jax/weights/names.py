@@ -4,6 +4,8 @@ Both differ in the last part alone: `weight` is `kernel` or `scale` here, and `r
 names its residual networks as torchvision does.
 """
 
+import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +16,9 @@ from flax import nnx
 
 from tat_jax import networks
 from tat_jax.weights import store
+from tat_jax.weights.prefixes import Names, find
 from tat_jax.weights.store import StoredNetwork
-from tat_jax.weights.torch_file import Entries
+from tat_jax.weights.tensors import Entries
 
 _LEAVES = {
     "kernel": "weight",
@@ -27,53 +30,55 @@ _LEAVES = {
 
 
 def convert_entries(
-    entries: Mapping[str, np.ndarray], architecture: str, *, fresh_head: bool = False, source: str
+    entries: Mapping[str, np.ndarray],
+    architecture: str,
+    *,
+    fresh_head: bool = False,
+    prefix: str | None = None,
+    ema: bool = False,
+    source: str,
 ) -> StoredNetwork:
-    """Return a network with the weights of `entries`, which carry torchvision's names and layouts.
+    """Return a network with the weights of `entries`, which carry torchvision's names, under any prefix.
 
-    Width, stem and number of classes are read from the shapes; `num_batches_tracked` means nothing here.
-    Half-precision entries become float32, which is exact.
+    They may be MLX's or Flax's spelling of them. Width, stem and number of classes are read from the shapes;
+    `num_batches_tracked` means nothing here. Half-precision entries become float32, which is exact.
 
     Args:
         entries: tensors by name.
         architecture: a name of a network.
         fresh_head: leave the head out, and start one for ImageNet's 1,000 classes afresh.
-        source: what errors call the entries, and the network its origin.
+        prefix: under which to look, where several networks are there.
+        ema: take the moving average of the network instead of the network.
+        source: what errors call the entries, and the network its origin; the origin says what was `taken`,
+            where there was a choice.
 
     Raises:
-        ValueError: entries are missing, extra, empty, of another shape or not finite; each is named.
+        ValueError: entries are missing, extra, empty, of another shape, not finite or whole numbers; each is
+            named. Or no network is there, or several.
     """
     head = _head(architecture)
-    entries = {
-        name: array
-        for name, array in entries.items()
-        if not name.endswith("num_batches_tracked") and not (fresh_head and name in head)
-    }
-    if not fresh_head and not any(name in entries for name in head):
+    entries, taken = _of_network(entries, architecture, prefix=prefix, ema=ema, source=source)
+    if fresh_head:
+        entries = {name: array for name, array in entries.items() if name not in head}
+    elif not any(name in entries for name in head):
         raise ValueError(f"{source} has no head ({', '.join(head)}); --head fresh starts one afresh")
     empty = [name for name, array in entries.items() if not array.size]
     if empty:  # Its shape may claim any width and any number of classes.
         raise ValueError(f"{source} has no numbers in {', '.join(empty)}")
-    arguments = {
-        "architecture": architecture,
-        **networks.find(architecture).read_arguments(entries),
-    }
-    expected = _torch_shapes(arguments)
+    entries, arguments, shapes = _laid_out(entries, architecture)
+    expected = _in_torch(shapes)
     if fresh_head:
         expected = {name: shape for name, shape in expected.items() if name not in head}
     store.check_entries({name: a.shape for name, a in entries.items()}, expected, source=source)
-    with np.errstate(over="ignore"):  # What float32 cannot hold becomes infinity, here as in training.
-        broken = [name for name, array in entries.items() if not np.isfinite(array.astype(np.float32)).all()]
-    if broken:
-        raise ValueError(f"{source} has NaN or infinity in {', '.join(broken)}")
-    weights = {}
-    for path in _shapes(arguments):
-        if torch_name(path) in entries:
-            weights[path] = to_ours(path, entries[torch_name(path)])
+    _check_numbers(entries, source)
+    weights: store.Weights = {
+        path: to_ours(path, entries[torch_name(path)]) for path in shapes if torch_name(path) in entries
+    }
     if fresh_head:
         own = store.network_weights(networks.construct(arguments, rngs=nnx.Rngs(0)))
         weights |= {path: value for path, value in own.items() if torch_name(path) in head}
-    return StoredNetwork(weights, arguments, {"head": "fresh" if fresh_head else "trained", "source": source})
+    origin = {"head": "fresh" if fresh_head else "trained", "source": source}
+    return StoredNetwork(weights, arguments, origin | ({"taken": taken} if taken else {}))
 
 
 def _head(architecture: str) -> tuple[str, str]:
@@ -81,24 +86,111 @@ def _head(architecture: str) -> tuple[str, str]:
     return f"{module}.weight", f"{module}.bias"
 
 
-def export_entries(network: StoredNetwork) -> Entries:
+@functools.cache
+def _body(architecture: str) -> frozenset[str]:
+    """Return the names of a network's arrays, but for its head's."""
+    shapes = _shapes({"architecture": architecture, "num_classes": 1})
+    return frozenset(map(torch_name, shapes)) - {*_head(architecture)}
+
+
+def _of_network(
+    entries: Mapping[str, np.ndarray], architecture: str, *, source: str, **choice: Any
+) -> tuple[Entries, str]:
+    """Return the entries of the network under its own names, and what was chosen of which."""
+    entries, body = _in_torch_names(entries, source), _body(architecture)
+    own = Names(architecture, body, networks.find(architecture).head)
+    # MLX counts the layers of a sequence below that name, which other networks have of their own.
+    without = {re.sub(r"\.layers\.(?=\d)", ".", name): array for name, array in entries.items()}
+    if len(without) == len(entries) and len(body & without.keys()) > len(body & entries.keys()):
+        entries = without
+    found = find(entries, own, source=source, **choice)
+    return {name: entries[place] for name, place in found.names.items()}, found.said
+
+
+def _in_torch_names(entries: Mapping[str, np.ndarray], source: str) -> Entries:
+    """Return the entries without counters, Flax's leaves and layouts being PyTorch's."""
+    kept = {name: array for name, array in entries.items() if not name.endswith("num_batches_tracked")}
+    if not any(name.endswith(".kernel") for name in kept):
+        return kept
+    found = {}
+    for path, array in kept.items():
+        module, _, leaf = path.rpartition(".")
+        found[f"{module}.{_LEAVES.get(leaf, leaf)}"] = (
+            to_torch(path, array) if array.ndim in (2, 4) else array
+        )
+    if len(found) < len(kept):
+        raise ValueError(f"{source} has tensors with PyTorch's names and Flax's, which would be the same")
+    return found
+
+
+def _laid_out(
+    entries: Entries, architecture: str
+) -> tuple[Entries, dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Return the entries in PyTorch's layout, what builds the network, and the shapes of its own arrays.
+
+    MLX has the features of a kernel last. Where that does not make all kernels fit, they stay as they are.
+    """
+    found = []
+    for layout in ("o i h w", "o h w i"):
+        turned = {n: rearrange(a, f"{layout} -> o i h w") if a.ndim == 4 else a for n, a in entries.items()}
+        arguments = {"architecture": architecture, **networks.find(architecture).read_arguments(turned)}
+        shapes = _shapes(arguments)
+        found.append((turned, arguments, shapes))
+        expected = _in_torch(shapes)
+        if all(a.ndim != 4 or expected.get(n, a.shape) == a.shape for n, a in turned.items()):
+            return found[-1]
+    return found[0]
+
+
+def _check_numbers(entries: Entries, source: str) -> None:
+    whole = [name for name, array in entries.items() if not jnp.issubdtype(array.dtype, jnp.floating)]
+    if whole:
+        raise ValueError(
+            f"{source} has numbers that are no floating-point ones, as quantised networks have, in "
+            f"{', '.join(whole)}; convert the network from before"
+        )
+    with np.errstate(over="ignore"):  # What float32 cannot hold becomes infinity, here as in training.
+        broken = [name for name, array in entries.items() if not np.isfinite(array.astype(np.float32)).all()]
+    if broken:
+        raise ValueError(f"{source} has NaN or infinity in {', '.join(broken)}")
+
+
+def export_entries(network: StoredNetwork, own: nnx.Module | None = None) -> Entries:
     """Return the weights of a network under torchvision's names, in PyTorch's layouts.
 
+    Args:
+        network: the weights.
+        own: the network, where it is one of the user's; its names are then those of its own attributes.
+
     Raises:
-        ValueError: the network is not one of this package's.
+        ValueError: the network is the user's and not given, or has a layer that PyTorch has not.
     """
-    if not network.arguments:
-        raise ValueError("this network is not one of torchvision's kind, so it has no names there")
+    if own is not None:
+        _check_kernels(network.weights, own)
+    elif not network.arguments:
+        raise ValueError("this is a network of your own; name what builds it, as --student mine.py:build")
     return {
         torch_name(path): np.ascontiguousarray(to_torch(path, np.asarray(array)))
         for path, array in network.weights.items()
     }
 
 
+def _check_kernels(weights: Mapping[str, Any], network: nnx.Module) -> None:
+    """Raise a ValueError where a kernel is none of those whose layout `to_torch` knows."""
+    layers = {".".join(map(str, path)): layer for path, layer in nnx.iter_modules(network)}
+    for path, array in weights.items():
+        module, _, leaf = path.rpartition(".")
+        layer = layers.get(module)
+        if leaf == "kernel" and not (isinstance(layer, nnx.Conv | nnx.Linear) and np.ndim(array) in (2, 4)):
+            raise ValueError(
+                f"{path} is the kernel of a {type(layer).__name__}, whose layout in PyTorch is not known here"
+            )
+
+
 def torch_name(path: str) -> str:
     """Return torchvision's name of one of our attribute paths."""
-    module, leaf = path.rsplit(".", 1)
-    return f"{module}.{_LEAVES[leaf]}"
+    module, dot, leaf = path.rpartition(".")
+    return f"{module}{dot}{_LEAVES.get(leaf, leaf)}"
 
 
 def to_ours(path: str, array: np.ndarray) -> np.ndarray:
@@ -118,10 +210,11 @@ def to_torch(path: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _torch_shapes(arguments: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def _in_torch(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that a network's arrays have in PyTorch, by their names there."""
     return {
         torch_name(path): to_torch(path, np.broadcast_to(np.float32(0), shape)).shape
-        for path, shape in _shapes(arguments).items()
+        for path, shape in shapes.items()
     }
 
 

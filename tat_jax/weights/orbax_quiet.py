@@ -9,6 +9,7 @@ import gc
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -30,19 +31,25 @@ def abandoned_unheard(said: str) -> Iterator[None]:
     Args:
         said: how what Python says of one begins; all begins with "".
     """
-    hook, log = sys.unraisablehook, logging.getLogger("asyncio")
+    hook, of_callbacks, log = sys.unraisablehook, sys.excepthook, logging.getLogger("asyncio")
     disabled, log.disabled = log.disabled, True
 
     def unless_abandoned(raised: "sys.UnraisableHookArgs") -> None:
         if not str(raised.exc_value).startswith(said):
             hook(raised)
 
-    sys.unraisablehook = unless_abandoned
+    def unless_called_back(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        if not str(error).startswith(said):
+            of_callbacks(kind, error, trace)
+
+    sys.unraisablehook, sys.excepthook = unless_abandoned, unless_called_back
     try:
         yield
     finally:
         gc.collect()
-        sys.unraisablehook, log.disabled = hook, disabled
+        sys.unraisablehook, sys.excepthook, log.disabled = hook, of_callbacks, disabled
 
 
 def reason(error: BaseException) -> str:

@@ -6,10 +6,15 @@ of converted weights holds, and a part of each checkpoint of a run. `network` ho
 weights, and of what it says itself, so that one changed bit is seen when it is read.
 """
 
+import errno
+import glob
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +22,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from tat_jax.weights.orbax_quiet import try_to_read
+from tat_jax.weights.orbax_quiet import abandoned_unheard, reason, try_to_read
 
 Weights = dict[str, Any]
 _NAMED = 30  # entries in an error
+# What the items `network` and `data` held before they were sealed.
+_UNSEALED = ({"arguments", "origin"}, {"epoch", "batch"})  # and more
 
 
 class StoredNetwork(NamedTuple):
@@ -30,11 +37,14 @@ class StoredNetwork(NamedTuple):
         weights: arrays by attribute path, as in `layer1.0.conv1.kernel`.
         arguments: what builds the network, as `networks.Network` has them.
         origin: where the weights came from, with `head`: "trained", or "fresh" if its logits mean nothing.
+        usage: what its images must be and its classes are called, as `usage.usage_of` has it; empty where
+            nobody said.
     """
 
     weights: Weights
     arguments: dict[str, Any]
     origin: dict[str, str]
+    usage: Mapping[str, Any] = MappingProxyType({})
 
 
 def flatten(state: nnx.State) -> Weights:
@@ -101,21 +111,43 @@ def check_entries(
 
 
 def save_network(folder: Path, network: StoredNetwork) -> None:
-    """Write a network alone, as the conversion of published weights does.
+    """Write a network alone, as the conversion of published weights does; whole, or nothing.
 
     Raises:
         FileExistsError: `folder` exists; nothing is overwritten.
+        OSError: it cannot be written.
     """
     folder = Path(folder).absolute()
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; remove it or name another folder")
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(folder, network_items(network))
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    try:
+        with abandoned_unheard(""), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(partial, network_items(network))
+        partial.rename(folder)
+    except Exception as error:  # Orbax raises whatever its storage layers raise.
+        raise OSError(f"cannot write {folder}: {_of_disk(error)}") from None
+    finally:
+        for left in folder.parent.glob(f"{glob.escape(partial.name)}*"):  # Orbax's own have a longer name
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _of_disk(error: Exception) -> str:
+    """Return what the system said where it did not let something be written."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+    said = [os.strerror(number) for number in numbers]
+    said += [error.strerror] if isinstance(error, OSError) and error.strerror else []
+    return next((text for text in said if text in str(error)), reason(error))
 
 
 def network_items(network: StoredNetwork) -> ocp.args.Composite:
     """Return the two items of a network as Orbax saves them."""
-    said = {"arguments": network.arguments, "origin": network.origin, "arrays": digest(network.weights)}
+    said = {
+        "arguments": network.arguments,
+        "origin": network.origin,
+        "usage": dict(network.usage),
+        "arrays": digest(network.weights),
+    }
     return ocp.args.Composite(
         student=ocp.args.StandardSave(network.weights), network=ocp.args.JsonSave(seal(said))
     )
@@ -141,7 +173,7 @@ def _read_network(folder: Path) -> StoredNetwork:
     said = read_sealed(folder / "network")
     weights = dict(load_item(folder / "student"))
     check_digest(weights, said["arrays"])
-    return StoredNetwork(weights, said["arguments"], said["origin"])
+    return StoredNetwork(weights, said["arguments"], said["origin"], said.get("usage", {}))
 
 
 def load_item(folder: Path) -> Any:
@@ -167,6 +199,8 @@ def read_sealed(folder: Path) -> dict[str, Any]:
         ValueError: it does not say what was written.
     """
     said = ocp.JsonCheckpointHandler().restore(folder.absolute())
+    if isinstance(said, dict) and any(said.keys() >= keys for keys in _UNSEALED) and "arrays" not in said:
+        raise ValueError("an earlier version of tat-jax wrote it, without checksums; use that version")
     found = said.pop("seal") if isinstance(said, dict) and "seal" in said else None
     if found is None or found != seal(said)["seal"]:
         raise ValueError(f"{folder.name} does not say what was written")

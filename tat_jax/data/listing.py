@@ -1,0 +1,125 @@
+"""Which files of a folder are images, in torchvision's order, and what is passed over on the way."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tat_jax.data.source import some
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
+
+
+@dataclass
+class PassedOver:
+    """What is no image of a split, or cannot be reached.
+
+    Attributes:
+        endings: how many files have names that end so.
+        hidden: images and folders whose names begin with a dot.
+        beside: images that lie in no class folder.
+        nowhere: links that lead to nothing.
+        back: links that lead to a folder around them.
+        unreadable: folders, with the reason.
+    """
+
+    endings: Counter[str] = field(default_factory=Counter)
+    hidden: list[str] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)
+    nowhere: list[str] = field(default_factory=list)
+    back: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+    def lines(self, split: str) -> list[str]:
+        """Return a line for each kind of what was passed over in a split."""
+        kinds = [f"{count:,} {ending}" for ending, count in self.endings.most_common()]
+        lines = [f"{split}: passed over {some(kinds)}; read are {' '.join(EXTENSIONS)}"] if kinds else []
+        for names, what in (
+            (self.hidden, "names that begin with a dot"),
+            (self.beside, "images outside class folders"),
+            (self.nowhere, "links that lead nowhere"),
+            (self.back, "links that lead back to a folder around them"),
+        ):
+            if names:
+                lines.append(f"{split}: passed over {what} ({len(names):,}): {some(names, 2)}")
+        return lines
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file's name says that it is an image which torchvision reads."""
+    return name.lower().endswith(EXTENSIONS)
+
+
+def leads_to(entry: os.DirEntry[str]) -> Literal["folder", "file", "else", "nowhere"]:
+    """Return what a name in a folder stands for, links followed."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+    except OSError:  # a link to itself, or through a file
+        return "nowhere"
+    return "nowhere" if entry.is_symlink() else "else"
+
+
+def list_images(folder: str, passed: PassedOver) -> list[str]:
+    """Return the paths of the images in a folder and in all within it, in torchvision's order.
+
+    Args:
+        folder: links in it are followed, but for those that lead back to a folder around them.
+        passed: is told of what is passed over.
+    """
+    found: list[tuple[str, list[str]]] = []
+    waiting = [(folder, _around(folder))]
+    while waiting:
+        here, around = waiting.pop()
+        try:
+            with os.scandir(here) as scanned:
+                entries = list(scanned)
+        except OSError as error:
+            passed.unreadable.append(f"{here} ({error.strerror})")
+            continue
+        images = []
+        for entry in entries:
+            # At once for nearly all: a million names are listed before a training begins.
+            if entry.is_file(follow_symlinks=False) and is_image(entry.name) and entry.name[0] != ".":
+                images.append(entry.name)
+                continue
+            kind = leads_to(entry)
+            if kind == "nowhere":
+                passed.nowhere.append(entry.path)
+            elif entry.name[0] == ".":
+                if kind == "folder" or is_image(entry.name):
+                    passed.hidden.append(entry.path)
+            elif kind == "folder":
+                identity = _identity(entry.path)
+                if identity in around and entry.is_symlink():
+                    passed.back.append(entry.path)
+                else:
+                    waiting.append((entry.path, around | {identity}))
+            elif kind == "file" and is_image(entry.name):
+                images.append(entry.name)
+            else:
+                ending = os.path.splitext(entry.name)[1].lower() or "without ending"
+                passed.endings[ending if kind == "file" else f"{ending} that are no files"] += 1
+        found.append((here, images))
+    return [os.path.join(here, name) for here, images in sorted(found) for name in sorted(images)]
+
+
+def _around(folder: str) -> frozenset[tuple[int, int]]:
+    """Return the identities of a folder and of all that it lies in, by its name and by where links lead."""
+    paths: set[str] = set()
+    for path in (os.path.abspath(folder), os.path.realpath(folder)):
+        while path not in paths:
+            paths.add(path)
+            path = os.path.dirname(path)
+    return frozenset(map(_identity, paths))
+
+
+def _identity(path: str) -> tuple[int, int]:
+    """Return what two names of the same folder have in common; of one that is gone, nothing."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return (0, 0)
+    return status.st_dev, status.st_ino

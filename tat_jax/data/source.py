@@ -1,0 +1,65 @@
+"""What a source of images is: random access by index to encoded or plain images with their labels."""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Integer, UInt8
+from ml_collections import ConfigDict
+
+SPLITS = ("train", "val")
+
+
+class Example(NamedTuple):
+    """One image, as a file or as RGB, with its label and the name under which errors report it.
+
+    A label is an integer, a map of integers or, where the images have none, None.
+    """
+
+    image: bytes | UInt8[np.ndarray, "height width 3"]
+    label: int | Integer[np.ndarray, "height width"] | None
+    name: str
+
+
+class Source(Protocol):
+    """The images of one split, read by index from any thread.
+
+    It may have `classes`, the names of its classes by their labels, and `notes`, lines that whoever trains on
+    it should have read; see `class_names` and `notes`.
+    """
+
+    num_classes: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+class NamedSource(Source, Protocol):
+    """A source that a config names."""
+
+    @classmethod
+    def open(cls, data: ConfigDict, split: str) -> Source:
+        """Open a split of the images that a config's `data` describes."""
+
+
+def class_names(source: Source) -> list[str] | None:
+    """Return the names of a source's classes by their labels; None where it does not know them."""
+    return getattr(source, "classes", None)
+
+
+def notes(source: Source) -> list[str]:
+    """Return what whoever trains on a source should have read, a line each."""
+    return list(getattr(source, "notes", ()))
+
+
+def printable(name: str) -> str:
+    """Return a name in one line that every terminal and file takes, whatever bytes a file's name has."""
+    if name.isprintable():  # at once for nearly all
+        return name
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def some(names: list[str], most: int = 5) -> str:
+    """Return names in a line, of many the first ones and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(printable(name) for name in names[:most]) + more

@@ -1,0 +1,96 @@
+"""A student handed on: a file of weights under torchvision's names, and beside it how it is used."""
+
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.numpy
+
+from tat_jax import networks
+from tat_jax.networks import OwnNetwork
+from tat_jax.usage import as_json
+from tat_jax.weights import folders, store
+from tat_jax.weights.names import export_entries
+from tat_jax.weights.tensors import Entries
+
+
+class Exported(NamedTuple):
+    """What was written.
+
+    Attributes:
+        entries: how many.
+        folder: the network's.
+        head: whether its head is trained.
+        usage: the file that says how it is used; None where nobody knows.
+    """
+
+    entries: int
+    folder: Path
+    head: str
+    usage: Path | None
+
+
+def export(
+    run: Path, path: Path, checkpoint: str | None = None, *, student: OwnNetwork | None = None
+) -> Exported:
+    """Write the network of converted weights, or one of a run, as `.pth` or `.safetensors`.
+
+    A JSON file of the same name says what its images must be and its classes are called.
+
+    Args:
+        run: the folder of either.
+        path: the file, which must not exist.
+        checkpoint: "best" or "last", and only of a run; the best one if None.
+        student: a network of your own, as in `train.run`, where the folder holds weights of one.
+
+    Raises:
+        FileExistsError: `path`, or the JSON file beside it, exists.
+        OSError: it cannot be written; nothing is left of it.
+        ValueError: the file's ending is another one, or `run` has no checkpoints to choose from.
+        ModuleNotFoundError: a `.pth` is asked for, and PyTorch is not installed.
+    """
+    if path.suffix not in (".pth", ".safetensors"):
+        raise ValueError(f"{path} ends neither in .pth nor in .safetensors")
+    usage = path.with_suffix(".json")
+    for file in (path, usage):
+        if file.exists():
+            raise FileExistsError(f"{file} exists already; remove it or name another file")
+    if checkpoint and folders.is_network(run):
+        raise ValueError(f"{run} is one network, not a run: leave out --checkpoint {checkpoint}")
+    folder = folders.CHOICES[checkpoint](run) if checkpoint else folders.network_folder(run)
+    network = store.load_network(folder)
+    own = networks.restore(folder, network=student).view.network if student else None
+    entries = export_entries(network, own)
+    _write(path, safetensors.numpy.save(entries) if path.suffix == ".safetensors" else _pth(entries))
+    if network.usage:
+        _write(usage, as_json(network.usage))
+    return Exported(len(entries), folder, network.origin["head"], usage if network.usage else None)
+
+
+def _pth(entries: Entries) -> bytes:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "a .pth file needs PyTorch: pip install torch, or export .safetensors, which timm reads, too"
+        ) from None
+    file = io.BytesIO()  # PyTorch's own writer tells of a full disk in a stack trace
+    torch.save({name: torch.from_numpy(array) for name, array in entries.items()}, file)
+    return file.getvalue()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file whole, or nothing."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename not in (None, str(partial)) else ""
+        raise OSError(f"cannot write {path}: {error.strerror}{place}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()

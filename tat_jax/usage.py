@@ -1,0 +1,61 @@
+"""How a network is used once it is trained: what its images must be, and what its classes are called."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tat_jax.data.image_folder import imagenet_classes
+from tat_jax.networks import Network
+from tat_jax.networks.view import MEAN, STD
+from tat_jax.tasks import TASKS
+
+Usage = dict[str, Any]
+
+
+def usage_of(config: ConfigDict, network: Network, num_classes: int, classes: Sequence[str] | None) -> Usage:
+    """Return, as JSON has it, what whoever calls a network needs to know.
+
+    Args:
+        config: of its training, whose evaluation prepares images as the network wants them.
+        network: has the mean and the standard deviation of its images.
+        num_classes: of the data.
+        classes: their names by label; None where the data has none.
+    """
+    task = TASKS[config.task]()
+    return {
+        "num_classes": num_classes,
+        "classes": None if classes is None else list(classes),
+        "image": task.sizes(config.data),
+        "mean": list(network.view.mean),
+        "std": list(network.view.std),
+    }
+
+
+def usage_of_imagenet() -> Usage:
+    """Return how torchvision's published networks of ImageNet are used, by its reference."""
+    return {
+        "num_classes": 1000,
+        "classes": imagenet_classes(),
+        "image": {"shorter_side": 256, "centre": 224},
+        "mean": list(MEAN),
+        "std": list(STD),
+    }
+
+
+def as_json(usage: Mapping[str, Any]) -> bytes:
+    """Return it as the contents of a file."""
+    return f"{json.dumps(dict(usage), indent=2)}\n".encode()
+
+
+def other_classes(network: Network, num_classes: int, classes: Sequence[str] | None) -> str:
+    """Return how the classes of network and data differ; empty where they agree as far as they are known."""
+    known = network.arguments.get("num_classes", network.usage.get("num_classes", num_classes))
+    if known != num_classes:
+        return f"it knows {known:,} classes, the data {num_classes:,}"
+    names = network.usage.get("classes")
+    for label, (its, the_data) in enumerate(zip(names or (), classes or (), strict=False)):
+        if its != the_data:
+            return f"its class {label} is {its!r}, and that of the data {the_data!r}"
+    return ""
