@@ -175,10 +175,11 @@ def _checkpoint() -> str:
 
 
 def _run_of(folder: Path) -> Path:
-    """Return the folder whose config counts: of an evaluation of another run alone, that run."""
-    if _MODE.value == "eval" and _WORKDIR.value is None and _checkpoint() not in _OF_RUNS:
-        return Path(_checkpoint())
-    return folder
+    """Return the folder whose config counts: of an evaluation of a checkpoint alone, that of its run."""
+    if _MODE.value != "eval" or _WORKDIR.value is not None or _checkpoint() in _OF_RUNS:
+        return folder
+    place = Path(_checkpoint()).absolute()
+    return place.parents[1] if place.parent.name == "checkpoints" else Path(_checkpoint())
 
 
 def _check_may_be_demo(folder: Path) -> None:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tat_jax import outputs  # and nothing heavy, so that --help answers at once
+from tat_jax import failures, outputs, paths, signals  # and nothing heavy, so that --help answers at once
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -21,11 +21,11 @@ def main(arguments: list[str] | None = None) -> None:
     logging.set_verbosity(logging.FATAL)  # Orbax reports every step of every save, and prints what it raises
     try:
         if options.export:
-            _export(Path(options.what), options)
+            _export(paths.local(options.what), options)
         else:
             _convert(parser, options)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {failures.explain(error)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,19 +38,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ARCHITECTURE|RUN",
         help="a network, as resnet18 (a wrong one is answered with all); with --export, a run or weights",
     )
-    parser.add_argument("--to", type=Path, help="the folder for the converted weights")
+    parser.add_argument("--to", type=_path, help="the folder for the converted weights")
     parser.add_argument(
         "--from",
         dest="file",
         metavar="FILE",
-        type=Path,
+        type=_path,
         help="a checkpoint of PyTorch or safetensors with torchvision's or timm's names, an index of several "
         "or their folder, instead of a download",
     )
     parser.add_argument("--head", choices=["fresh"], help="convert the backbone, and start a head afresh")
     parser.add_argument("--ema", action="store_true", help="take the moving average beside the weights")
     parser.add_argument("--prefix", help="take the network whose names begin so, where the file has several")
-    parser.add_argument("--export", type=Path, metavar="FILE", help="write RUN's student to this file")
+    parser.add_argument("--export", type=_path, metavar="FILE", help="write RUN's student to this file")
     parser.add_argument(
         "--student", metavar="FILE.py:FUNCTION", help="builds RUN's student, if it is your own"
     )
@@ -58,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint", choices=["best", "last"], help="of RUN, to export; the best if not said"
     )
     return parser
+
+
+def _path(text: str) -> Path:
+    try:
+        return paths.local(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _export(run: Path, options: argparse.Namespace) -> None:
@@ -116,4 +123,5 @@ def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> No
 
 if __name__ == "__main__":
     outputs.keep()
+    signals.act_at_once()
     main()

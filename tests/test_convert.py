@@ -9,7 +9,6 @@ import pickle
 import resource
 import threading
 import zipfile
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -393,12 +392,20 @@ def test_a_cache_that_cannot_be_written_is_named_and_the_server_is_not_blamed(tm
 
 
 def test_without_a_home_folder_a_download_has_no_place(tmp_path, monkeypatch):
-    def no_home(*_):
-        raise RuntimeError("Could not determine home directory.")
-
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where neither HOME nor passwd says one
     assert "set HOME or XDG_CACHE_HOME" in error_of("resnet18", "--to", tmp_path / "w")
+
+
+@pytest.mark.parametrize("option", ["--to", "--from", "--export"])
+def test_a_bucket_is_no_place_to_convert_from_or_to(option, capsys):
+    error_of("resnet18", option, "gs://bucket/weights.pth")
+    assert "gs://bucket/weights.pth is not on a disk of this machine; mount" in capsys.readouterr().err
+
+
+def test_the_home_folder_is_found_in_the_paths_of_a_conversion(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert str(tmp_path / "w.pth") in error_of("resnet18", "--from", "~/w.pth", "--to", "~/w")
 
 
 def test_a_network_without_published_weights_says_how_to_name_a_file(tmp_path, monkeypatch):

@@ -72,7 +72,7 @@ def write_run(folder, **changes):
         (["--config.batch_size=many"], "--config.batch_size=many: allowed is a whole number from 1 on"),
         (["--config=r18_r34:smok"], "takes the argument 'smoke' or none, not 'smok'"),
         (["--config=nothing.py"], "no file nothing.py"),
-        (["--config="], "no config ''; there are digits"),
+        (["--config="], "no config ''; there are "),
         (["--config"], "Missing value for flag --config"),
         (["--config", "--workdir", "x"], "'x'"),
         (["--config=base"], "no config 'base'"),
@@ -203,9 +203,11 @@ def test_a_config_that_is_named_goes_before_that_of_the_run(here):
     assert (config.seed, origin) == (0, "")
 
 
-def test_an_evaluation_of_another_run_alone_has_the_config_of_that_run(here):
+@pytest.mark.parametrize("checkpoint", ["run", "run/checkpoints/3"])
+def test_an_evaluation_of_a_checkpoint_alone_has_the_config_of_its_run(checkpoint, here):
     write_run(here / "run", seed=3)
-    assert read("--mode=eval", "--checkpoint=run").config.seed == 3
+    (here / "run" / "checkpoints" / "3").mkdir(parents=True)
+    assert read("--mode=eval", f"--checkpoint={checkpoint}").config.seed == 3
 
 
 def test_without_a_config_and_a_run_it_is_the_demonstration_and_said(here):

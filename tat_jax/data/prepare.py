@@ -11,7 +11,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from tat_jax import failures, outputs, paths
+from tat_jax import failures, outputs, paths, signals
 
 TARS = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 
@@ -59,4 +59,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     outputs.keep()
+    signals.act_at_once()
     main()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from tat_jax import paths
 from tat_jax.metrics import progress_of_bytes
 
 PUBLISHED_AT = "https://download.pytorch.org/models"
@@ -63,10 +64,10 @@ def fetch(name: str, folder: Path, *, published_at: str = PUBLISHED_AT) -> Path:
 
 def _cache() -> Path:
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tat_jax"
-    except RuntimeError:
+        return paths.cache()
+    except ValueError as error:
         raise FileNotFoundError(
-            "there is no home folder to keep a download in: set HOME or XDG_CACHE_HOME, "
+            f"there is no folder to keep a download in: {error}; set HOME or XDG_CACHE_HOME, "
             "or name a file with --from"
         ) from None
 
