@@ -1,6 +1,7 @@
 """One training run: from a config to a folder of checkpoints, metrics and a picture."""
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -318,7 +319,7 @@ class _Training:
         if set(names) <= set(self._data.skipped.values()):
             return f"none of its images could be read; replace or remove them: {some(names)}"
         path = self._folder / f"step{step}_process{jax.process_index()}_images.txt"
-        path.write_text("\n".join(names) + "\n")
+        path.write_bytes(os.fsencode("\n".join(names) + "\n"))  # of whatever bytes files are named
         saved = self._checkpoints.latest_step()
         return (
             f"its images: {', '.join(names[:3])}{' …' * (len(names) > 3)}, all {len(names)} in {path}. "
