@@ -1,12 +1,19 @@
 """A run goes on with the classes and the teacher with which it began; classes are compared where known."""
 
+import json
+import shutil
+from pathlib import Path
+
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from tat_jax import provenance
+from tat_jax import check, evaluate, provenance, sharding, train
+from tat_jax.build import build
+from tat_jax.configs import base
 from tat_jax.networks import Network, own
 from tat_jax.usage import other_classes
+from tests.images import encode, photograph
 from tests.tiny import Tiny
 
 NOW = {"classes": ["cat", "dog"], "teacher": "1" * 64, "versions": {"jax": "2"}}
@@ -77,3 +84,130 @@ def network(**usage) -> Network:
 def test_classes_are_compared_as_far_as_they_are_known(usage, told):
     assert other_classes(network(**usage), 2, ["cat", "dog"]) == told
     assert not other_classes(network(num_classes=2, classes=usage.get("classes")), 2, None)
+
+
+def config_of(root, **changes):
+    """Return a training of a step an epoch on a folder of images, compared with a teacher's logits."""
+    config = base.base()
+    config.update({"epochs": 1, "batch_size": 8, "log_every": 1})
+    config.losses = {
+        "cross_entropy": base.loss("cross_entropy", weight=0.5),
+        "kd": base.loss("kd", weight=0.5),
+    }
+    config.data.update({"root": str(root), "image_size": 16, "threads": 0})
+    config.update(changes)
+    return config
+
+
+def student(*, num_classes, rngs):
+    return Tiny(4, classes=num_classes, rngs=rngs)
+
+
+def train_under(teacher, root, **changes):
+    return train.run(config_of(root, **changes), root / "run", student=student, teacher=teacher)
+
+
+def teacher_of(seed):
+    return Tiny(4, classes=3, rngs=nnx.Rngs(seed))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return a folder of images of three classes that has a run of one epoch in it."""
+    root = tmp_path_factory.mktemp("images")
+    for split in ("train", "val"):
+        for i, name in enumerate(("cat", "dog", "fox")):
+            (root / split / name).mkdir(parents=True)
+            (root / split / name / "0.jpg").write_bytes(encode(photograph(16, 16, seed=i)))
+    train_under(teacher_of(0), root)
+    return root
+
+
+@pytest.fixture
+def root(trained, tmp_path):
+    """Return a copy of it."""
+    return Path(shutil.copytree(trained, tmp_path / "images"))
+
+
+def rename(root, was, name):
+    for split in ("train", "val"):
+        (root / split / was).rename(root / split / name)
+
+
+def test_a_run_does_not_go_on_where_a_class_has_another_label(root):
+    rename(root, "dog", "a_dog")
+    with pytest.raises(ValueError, match="trained on other classes: label 0 was 'cat', it is 'a_dog' now"):
+        train_under(teacher_of(0), root, epochs=2)
+    config = json.loads((root / "run" / "config.json").read_text())
+    assert config["epochs"] == 1  # what is refused changes nothing
+
+
+def test_a_run_does_not_go_on_under_another_teacher(root):
+    with pytest.raises(ValueError, match="trained under another teacher"):
+        train_under(teacher_of(1), root, epochs=2)
+    train_under(teacher_of(0), root, epochs=2)
+
+
+def test_a_check_finds_it_before(root, capsys):
+    rename(root, "dog", "a_dog")
+    networks = {"student": student, "teacher": teacher_of(0)}
+    assert not check.run(config_of(root), root / "run", **networks)
+    assert "FAILED" in capsys.readouterr().out.split("trained on other classes")[0].splitlines()[-1]
+
+
+def test_an_evaluation_is_of_the_network_s_own_classes(root):
+    def evaluated():
+        return evaluate.run(config_of(root), root / "run", "last", student=student)
+
+    assert evaluated().images == 3
+    rename(root, "cat", "cow")
+    with pytest.raises(
+        ValueError, match="its class 0 is 'cat', and that of the data 'cow'; name data of its own"
+    ):
+        evaluated()
+    shutil.copytree(root / "train" / "cow", root / "train" / "yak")
+    with pytest.raises(ValueError, match="it knows 3 classes, the data 4; name data of its own"):
+        evaluated()
+
+
+def test_a_teacher_s_logits_are_compared_where_its_classes_are_the_data_s(trained):
+    network = own(teacher_of(0), num_classes=3, seed=0)
+    network = network._replace(usage={"num_classes": 3, "classes": ["ant", "bee", "cow"]})
+    message = r"the teacher from .* is one of other classes: its class 0 is 'ant'.*; kd compares its logits"
+    with pytest.raises(ValueError, match=message):
+        build(
+            config_of(trained),
+            sharding.make_mesh(),
+            num_classes=3,
+            steps_per_epoch=1,
+            classes=["cat", "dog", "fox"],
+            student=student,
+            teacher=network,
+        )
+
+
+def test_a_finished_run_keeps_what_is_asked_for(root):
+    whole = {path.name for path in (root / "run" / "checkpoints" / "1").iterdir()}
+    expected = evaluate.run(config_of(root), root / "run", "best", student=student)
+    train_under(teacher_of(0), root, keep="networks")
+    assert whole - {path.name for path in (root / "run" / "checkpoints" / "1").iterdir()} == {"training"}
+    assert evaluate.run(config_of(root), root / "run", "best", student=student) == expected
+    assert train_under(teacher_of(0), root, keep="networks")["last"]["eval/top1"] == expected.measures["top1"]
+    with pytest.raises(
+        ValueError, match=r"kept its networks alone .* cannot go on; choose another --workdir"
+    ):
+        train_under(teacher_of(0), root, keep="networks", epochs=2)
+
+
+def test_more_batches_an_update_than_there_are_would_train_nothing(trained):
+    config = config_of(trained)
+    config.optimizer.accumulate = 2
+    with pytest.raises(
+        ValueError, match=r"optimizer.accumulate=2 batches are more than the 1 of the training"
+    ):
+        train.run(config, trained / "new", student=student, teacher=teacher_of(0))
+
+
+def test_float64_is_refused_where_jax_computes_in_float32(trained):
+    with pytest.raises(ValueError, match=r"dtype='float64' needs JAX_ENABLE_X64=1 in the environment"):
+        train_under(teacher_of(0), trained, dtype="float64")
