@@ -1,5 +1,7 @@
 """A network on disk: read back as it was written, by any version, or refused by name."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +71,17 @@ def test_what_a_network_says_of_itself_cannot_be_changed_unnoticed(tmp_path):
     written(tmp_path / "w")
     change(tmp_path / "w" / "network" / "metadata", '"head": "trained"', '"head": "fresh"')
     with pytest.raises(ValueError, match=r"cannot read the network in .*w: network does not say what was"):
+        store.load_network(tmp_path / "w")
+
+
+def test_a_network_of_before_the_checksums_is_told_as_that(tmp_path):
+    written(tmp_path / "w")
+    path = tmp_path / "w" / "network" / "metadata"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps({name: said[name] for name in ("arguments", "origin")}))
+    with pytest.raises(
+        ValueError, match="w: an earlier version of tat-jax wrote it, without checksums; use "
+    ):
         store.load_network(tmp_path / "w")
 
 
