@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,9 @@ import pytest
 from tests.images import encode, photograph
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A shell starts what runs in its background deaf to Ctrl-C, which tests and what they start are to hear.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

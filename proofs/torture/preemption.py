@@ -18,6 +18,7 @@ _GRACE = 30.0  # seconds
 
 def faults(signals: Sequence[int] = SIGNALS * 4, *, epochs: int = 24, seed: int = 0) -> list[Fault]:
     """Stop a run by each of `signals` at a random moment, once more by two, and finish it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background starts deaf to Ctrl-C
     rng = np.random.default_rng(seed)
     option = f"--config.epochs={epochs}"
     with tempfile.TemporaryDirectory() as temporary:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -122,14 +123,23 @@ def save_network(folder: Path, network: StoredNetwork) -> None:
         raise FileExistsError(f"{folder} exists already; remove it or name another folder")
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
-        with abandoned_unheard(""), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            checkpointer.save(partial, network_items(network))
+        with abandoned_unheard(""):
+            _save_items(partial, network_items(network))
         partial.rename(folder)
     except Exception as error:  # Orbax raises whatever its storage layers raise.
         raise OSError(f"cannot write {folder}: {_of_disk(error)}") from None
     finally:
         for left in folder.parent.glob(f"{glob.escape(partial.name)}*"):  # Orbax's own have a longer name
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _save_items(folder: Path, items: ocp.args.Composite) -> None:
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(folder, items)
+    except Exception:
+        time.sleep(1)  # in which the writes that Orbax abandoned come to their end
+        raise
 
 
 def _of_disk(error: Exception) -> str:
