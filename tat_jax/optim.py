@@ -24,6 +24,7 @@ from tat_jax.fields import (
     whole,
 )
 
+_LOSSES = "losses"  # where the parameters of losses are, if those that are switched on have any
 _WARMUP_FROM = 0.01  # of the learning rate, at the first step: torchvision's
 
 
@@ -196,7 +197,7 @@ def _check_paths(paths: Sequence[str], params: optax.Params) -> None:
     names = [_dotted(path).split(".") for path, _ in leaves]
     there = sorted({".".join(name[:depth]) for name in names for depth in range(1, len(name) + 1)})
     for path in paths:
-        if path not in there:
+        if path not in there and path != _LOSSES:
             within = [name for name in there if name.endswith(f".{path}")]
             near = within or difflib.get_close_matches(path, there, n=3, cutoff=0)
             raise ValueError(

@@ -313,3 +313,8 @@ def test_every_parameter_decays_biases_and_norms_included():
     updates, _ = optimizer.update(zero, optimizer.init(parameters), parameters)
     for update in jax.tree.leaves(updates):
         np.testing.assert_allclose(update, -0.05, rtol=1e-6)
+
+
+def test_a_rate_of_losses_may_be_said_where_none_that_is_switched_on_has_parameters():
+    config, rate = config_of(rates=(("losses", 10.0),)), optax.constant_schedule(0.1)
+    optim.optimizer(config, rate, nnx.state(nnx.Dict(student=nnx.Linear(2, 3, rngs=nnx.Rngs(0))), nnx.Param))
