@@ -259,8 +259,9 @@ def _read_training(folder: Path, like: TrainState) -> tuple[TrainState, dict[str
         )
         check_digest(student, of_student["arrays"])
         if said.get("training") == "dropped":
+            state = _with_student(like, student, _training(like)["embeddings"])
             step = jnp.full_like(like.step, int(folder.name))
-            return _with_student(like, student)._replace(step=step), said["position"], False
+            return state._replace(step=step), said["position"], False
         training = checkpointer.restore(
             folder.absolute() / "training", _renamed(abstract, _as_before) if is_before else abstract
         )
@@ -270,10 +271,8 @@ def _read_training(folder: Path, like: TrainState) -> tuple[TrainState, dict[str
     return state._replace(step=training["step"], opt_state=training["opt_state"]), said["position"], True
 
 
-def _with_student(state: TrainState, student: Weights, others: Weights | None = None) -> TrainState:
-    """Return a state with the arrays of a student, and of all else that is trained where they are given."""
-    if others is None:
-        others = _training(state)["embeddings"]
+def _with_student(state: TrainState, student: Weights, others: Weights) -> TrainState:
+    """Return a state with the arrays of a student, and of all else that is trained."""
     trained = {f"{_STUDENT}{path}": value for path, value in student.items()} | others
     params, variables = (unflatten(trained, part) for part in (state.params, state.variables))
     return state._replace(params=params, variables=variables)

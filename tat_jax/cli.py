@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from tat_jax import config_files, failures, outputs, overrides, paths, signals
 
-_OF_RUNS = ("best", "last")
 _CONFIG = flags.DEFINE_string(
     "config",
     None,
@@ -164,8 +163,10 @@ def _folder() -> Path:
 
 def _checkpoint() -> str:
     """Return what is to be evaluated."""
+    from tat_jax.weights import folders
+
     which = _CHECKPOINT.value
-    if which in _OF_RUNS:
+    if which in folders.CHOICES:
         return which
     if not which or not paths.local(which).exists():
         raise ValueError(
@@ -176,7 +177,9 @@ def _checkpoint() -> str:
 
 def _run_of(folder: Path) -> Path:
     """Return the folder whose config counts: of an evaluation of a checkpoint alone, that of its run."""
-    if _MODE.value != "eval" or _WORKDIR.value is not None or _checkpoint() in _OF_RUNS:
+    from tat_jax.weights import folders
+
+    if _MODE.value != "eval" or _WORKDIR.value is not None or _checkpoint() in folders.CHOICES:
         return folder
     place = Path(_checkpoint()).absolute()
     return place.parents[1] if place.parent.name == "checkpoints" else Path(_checkpoint())

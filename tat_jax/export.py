@@ -61,7 +61,7 @@ def export(
         raise ValueError(f"{run} is one network, not a run: leave out --checkpoint {checkpoint}")
     folder = folders.CHOICES[checkpoint](run) if checkpoint else folders.network_folder(run)
     network = store.load_network(folder)
-    own = networks.restore(folder, network=student).view.network if student else None
+    own = networks.restore_own(network, student, source=str(folder)).view.network if student else None
     entries = export_entries(network, own)
     _write(path, safetensors.numpy.save(entries) if path.suffix == ".safetensors" else _pth(entries))
     if network.usage:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from tat_jax.data.listing import EXTENSIONS, PassedOver, is_image, leads_to, list_images
 from tat_jax.data.source import SPLITS, Example, Source, printable, some
+from tat_jax.paths import local
 
 FOLDERS = "folders"  # what `data.classes` says where ImageNet's ids are names like others
 _NOT_VAL = ("validation", "valid", "dev", "test")  # what the validation images are called elsewhere
@@ -38,7 +39,7 @@ class ImageFolder:
     """
 
     def __init__(self, root: str | Path, split: str, classes: str | None = None):
-        root = Path(os.path.expanduser(root))
+        root = local(str(root))
         _check_is_there(root, root, split)
         _check_is_there(root / split, root, split)
         passed = PassedOver()

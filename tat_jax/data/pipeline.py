@@ -12,7 +12,7 @@ from jaxtyping import Integer
 from ml_collections import ConfigDict
 
 from tat_jax.batch import Batch
-from tat_jax.data.source import Example, Source
+from tat_jax.data.source import Example, Source, spread
 from tat_jax.data.sources import open_source
 from tat_jax.data.transforms import DecodeError, decode
 from tat_jax.tasks import TASKS
@@ -126,7 +126,7 @@ class Pipeline:
         """
         order = self._order(0)
         if not self._train:
-            order = order[np.unique(np.linspace(0, len(order) - 1, count).astype(int))]
+            order = order[spread(len(order), count)]
         for index in order[:count].tolist():
             example = self.source[index]
             try:

@@ -2,11 +2,10 @@
 
 import time
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from tat_jax.data.pipeline import Pipeline, open_pipeline
-from tat_jax.data.source import Example, Source, class_names, notes
+from tat_jax.data.source import Example, Source, class_names, notes, spread
 from tat_jax.tasks import TASKS
 
 _IMAGES = 64
@@ -23,7 +22,7 @@ class Sample:
         self.num_classes = source.num_classes
         self.classes = class_names(source)
         self._source = source
-        self._indices = np.unique(np.linspace(0, len(source) - 1, _IMAGES).astype(int)).tolist()
+        self._indices = spread(len(source), _IMAGES).tolist()
 
     def __len__(self) -> int:
         return len(self._indices)

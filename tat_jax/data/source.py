@@ -52,6 +52,11 @@ def notes(source: Source) -> list[str]:
     return list(getattr(source, "notes", ()))
 
 
+def spread(length: int, count: int) -> Integer[np.ndarray, " indices"]:
+    """Return `count` indices, or all that there are, evenly spaced over so many images."""
+    return np.unique(np.linspace(0, length - 1, count).astype(int))
+
+
 def printable(name: str) -> str:
     """Return a name in one line that every terminal and file takes, whatever bytes a file's name has."""
     if name.isprintable():  # at once for nearly all

@@ -7,6 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from tat_jax.data.source import Example, Source, some
+from tat_jax.paths import local
 
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
 _ANEW = "copy it anew from where it was prepared, or prepare it again"
@@ -35,7 +36,7 @@ class Tfds:
         # Imported here, because it takes a second that other sources need not wait for.
         import tensorflow_datasets as tfds
 
-        folder = _newest_version(name, Path(os.path.expanduser(data_dir)))
+        folder = _newest_version(name, local(str(data_dir)))
         try:
             builder = tfds.builder_from_directory(folder)
             features, splits = builder.info.features, builder.info.splits

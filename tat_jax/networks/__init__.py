@@ -153,11 +153,21 @@ def restore(
     """
     stored = store.load_network(folders.network_folder(Path(folder)))
     if network is not None:
-        view = own(network, num_classes=stored.usage.get("num_classes", 1), seed=0).view
-    else:
-        view = _view(_known(stored, folder).arguments, dtype=dtype, rngs=nnx.Rngs(0))
+        return restore_own(stored, network, source=str(folder))
+    view = _view(_known(stored, folder).arguments, dtype=dtype, rngs=nnx.Rngs(0))
     store.set_weights(view.network, stored.weights, source=str(folder))
     return Network(view, stored.arguments, {**stored.origin, "source": str(folder)}, stored.usage)
+
+
+def restore_own(stored: StoredNetwork, network: OwnNetwork, *, source: str) -> Network:
+    """Return a network of the user's, as `own` takes it, with weights that were read.
+
+    Raises:
+        ValueError: they are the weights of another network.
+    """
+    view = own(network, num_classes=stored.usage.get("num_classes", 1), seed=0).view
+    store.set_weights(view.network, stored.weights, source=source)
+    return Network(view, stored.arguments, {**stored.origin, "source": source}, stored.usage)
 
 
 def construct(

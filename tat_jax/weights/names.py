@@ -114,10 +114,7 @@ def _in_torch_names(entries: Mapping[str, np.ndarray], source: str) -> Entries:
         return kept
     found = {}
     for path, array in kept.items():
-        module, _, leaf = path.rpartition(".")
-        found[f"{module}.{_LEAVES.get(leaf, leaf)}"] = (
-            to_torch(path, array) if array.ndim in (2, 4) else array
-        )
+        found[torch_name(path)] = to_torch(path, array) if array.ndim in (2, 4) else array
     if len(found) < len(kept):
         raise ValueError(f"{source} has tensors with PyTorch's names and Flax's, which would be the same")
     return found
