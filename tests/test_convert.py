@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from flax import nnx
 
 from proofs.torch_resnet import TorchResNet, random_torch_resnet
 from tat_jax import convert, networks
@@ -418,3 +419,17 @@ def test_a_network_without_published_weights_says_how_to_name_a_file(tmp_path, m
 def test_an_architecture_that_is_none_is_named_with_those_that_are(tmp_path, capsys):
     error_of("resnet19", "--to", tmp_path / "weights")
     assert "no architecture 'resnet19'; there are resnet18, resnet34" in capsys.readouterr().err
+
+
+def test_a_layer_of_one_s_own_whose_layout_pytorch_has_otherwise_is_not_exported():
+    class Network(nnx.Module):
+        def __init__(self):
+            self.up = nnx.ConvTranspose(3, 4, (2, 2), rngs=nnx.Rngs(0))
+
+    network = store.StoredNetwork(
+        store.network_weights(Network()), {}, {"head": "trained", "source": "a test"}
+    )
+    with pytest.raises(ValueError, match=r"up\.kernel is the kernel of a ConvTranspose, whose layout"):
+        names.export_entries(network, Network())
+    with pytest.raises(ValueError, match="a network of your own; name what builds it, as --student mine"):
+        names.export_entries(network)
