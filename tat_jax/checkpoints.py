@@ -8,6 +8,7 @@ let a run continue. A teacher is never saved. `data` holds the SHA-256 of the ar
 import contextlib
 import functools
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -186,9 +187,7 @@ class RunCheckpoints:
             if folder not in kept:
                 self._manager.delete(step)
             elif jax.process_index() == 0 and (folder / "training").exists():
-                said = {**read_sealed(folder / "data"), "training": "dropped"}
-                handler = ocp.JsonCheckpointHandler()
-                handler.save((folder / "data").absolute(), args=ocp.args.JsonSave(seal(said)))
+                _replace_data(folder, {**read_sealed(folder / "data"), "training": "dropped"})
                 shutil.rmtree(folder / "training")
 
     def latest_step(self) -> int | None:
@@ -246,6 +245,14 @@ class RunCheckpoints:
             (folders.checkpoints(self._run) / str(step)).rename(place)
         multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
         return f"the checkpoint of step {step} cannot be read ({reason}) and is now in {place}"
+
+
+def _replace_data(folder: Path, said: dict[str, Any]) -> None:
+    """Write the item `data` of a checkpoint anew, at once, so that a kill leaves the one or the other."""
+    with tempfile.TemporaryDirectory(dir=folder.parents[1]) as beside:
+        ocp.JsonCheckpointHandler().save(Path(beside).absolute(), args=ocp.args.JsonSave(seal(said)))
+        for path in Path(beside).iterdir():
+            path.replace(folder / "data" / path.name)
 
 
 def _read_training(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any], bool]:

@@ -1,6 +1,7 @@
 """Exact evaluation: every image of the split once, whatever the batch size and the number of devices."""
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 from tat_jax import experiment, networks, sharding
 from tat_jax.batch import Batch
 from tat_jax.data.pipeline import Pipeline, open_pipeline
-from tat_jax.data.source import class_names
+from tat_jax.data.source import class_names, notes
 from tat_jax.metrics import progress
 from tat_jax.networks import OwnNetwork
 from tat_jax.tasks import TASKS
@@ -68,9 +69,12 @@ def run(
         raise ValueError(f"{place} has a head that was never trained: its logits mean nothing")
     if wrong := other_classes(network, pipeline.source.num_classes, class_names(pipeline.source)):
         raise ValueError(f"{place} has other classes: {wrong}; name data of its own")
+    show = jax.process_index() == 0
+    for line in notes(pipeline.source) if show else ():
+        print(f"note: {line}", file=sys.stderr)
     graph, state = nnx.split(network.view)
     state = jax.device_put(state, sharding.replicated(mesh))
-    return evaluate(graph, state, TASKS[config.task](), pipeline, mesh, show=jax.process_index() == 0)
+    return evaluate(graph, state, TASKS[config.task](), pipeline, mesh, show=show)
 
 
 def evaluate(

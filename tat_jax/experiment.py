@@ -1,10 +1,12 @@
 """The config of an experiment: every field it has, from the rooms that declare them."""
 
+from collections.abc import Iterator
+
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from tat_jax import data, losses, networks, optim, tasks
-from tat_jax.fields import NOT_NEGATIVE, Field, Fields, one_of, or_none, whole, wrong
+from tat_jax.fields import NOT_NEGATIVE, Field, Fields, idle, one_of, or_none, whole, wrong
 
 FIELDS: Fields = {
     "task": tasks.FIELD,
@@ -52,3 +54,8 @@ def check(config: ConfigDict) -> None:
         raise ValueError("in the config, " + "\n  ".join(lines))
     if config.dtype == "float64" and jnp.result_type(float) != jnp.float64:
         raise ValueError("dtype='float64' needs JAX_ENABLE_X64=1 in the environment, or it is float32")
+
+
+def notes(config: ConfigDict) -> Iterator[str]:
+    """Yield what whoever trains with a config should have read, a line each: which fields do nothing."""
+    yield from idle(FIELDS, {name: value for name, value in config.to_dict().items() if name != "study"})

@@ -33,6 +33,7 @@ class Field(NamedTuple):
         may_change: whether a run may go on with another value; or a function of the values before and after.
         optional: whether a config may lack it.
         none_is: what None stands for, of the fields beside it.
+        only_with: the field beside it, and which values that must have for this one to be read at all.
     """
 
     default: Any
@@ -41,6 +42,7 @@ class Field(NamedTuple):
     may_change: bool | Callable[[Any, Any], bool] = False
     optional: bool = False
     none_is: Callable[[Mapping[str, Any]], Any] | None = None
+    only_with: tuple[str, Rule] | None = None
 
 
 # Of each name a field, or further fields.
@@ -145,6 +147,23 @@ def wrong(fields: Fields, values: Mapping[str, Any], prefix: str = "") -> Iterat
             yield unknown(name, fields, prefix)
 
 
+def idle(fields: Fields, values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield a line for each field that is set, and that nothing reads, as the one beside it has its value."""
+    for name, value in values.items():
+        field = fields.get(name, fields.get("*"))
+        if not isinstance(field, Field):
+            if field is not None:
+                yield from idle(field, value, f"{prefix}{name}.")
+        elif field.only_with and value not in (None, default(field)):
+            beside, rule = field.only_with
+            there = values.get(beside, default(fields[beside]))
+            if not rule.holds(there):
+                yield (
+                    f"{prefix}{name}={value!r} does nothing, as {prefix}{beside} is {there!r}: "
+                    f"it is read where that is {rule.allowed}"
+                )
+
+
 def unknown(name: str, there: Iterable[str], prefix: str, fields: Fields | None = None) -> str:
     """Return what to say of a name that is none of those that are `there`.
 
@@ -182,6 +201,7 @@ def lines(fields: Fields, prefix: str = "") -> Iterator[str]:
     for name, field in fields.items():
         if isinstance(field, Field):
             value = None if isinstance(field.default, type) else field.default
-            yield f"{prefix}{name}={value!r}: {field.meaning}; {field.rule.allowed}"
+            where = f"with {field.only_with[0]}={field.only_with[1].allowed}: " if field.only_with else ""
+            yield f"{prefix}{name}={value!r}: {where}{field.meaning}; {field.rule.allowed}"
         else:
             yield from lines(field, f"{prefix}{name}.")

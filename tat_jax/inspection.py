@@ -43,7 +43,8 @@ def check_config(config: ConfigDict, losses: Own | None) -> tuple[str, ConfigDic
     """
     experiment.check(config)
     all_terms(config, losses)
-    return "every field is known and allowed", config
+    notes = (f"NOTE: {line}" for line in experiment.notes(config))
+    return "\n".join(["every field is known and allowed", *notes]), config
 
 
 def describe_folder(config: ConfigDict, folder: Path) -> tuple[str, None]:

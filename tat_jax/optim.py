@@ -76,19 +76,38 @@ def _are_rates(value: Any) -> bool:
     )
 
 
+_SGD = ("name", one_of("sgd"))
+_MULTISTEP = ("schedule", one_of("multistep"))
+
 FIELDS: Fields = {
     "name": Field("adamw", one_of(*_OPTIMIZERS), "the optimiser"),
     "learning_rate": Field(1.6e-3, POSITIVE, "not scaled by devices or batch", may_change=True),
     "weight_decay": Field(5e-4, NOT_NEGATIVE, "of every parameter, biases and norms too", may_change=True),
-    "momentum": Field(0.9, SHARE, "of sgd", may_change=True),
-    "nesterov": Field(False, YES_OR_NO, "of sgd: look ahead by the momentum", may_change=True),
+    "momentum": Field(0.9, SHARE, "of the gradients before", may_change=True, only_with=_SGD),
+    "nesterov": Field(False, YES_OR_NO, "look ahead by the momentum", may_change=True, only_with=_SGD),
     "schedule": Field("multistep", one_of(*_SCHEDULES), "of the rate, by step", may_change=True),
     "milestones": Field(
-        (30, 60, 90), RISING_EPOCHS, "of multistep: after each the rate is times gamma", may_change=True
+        (30, 60, 90),
+        RISING_EPOCHS,
+        "after each the rate is times gamma",
+        may_change=True,
+        only_with=_MULTISTEP,
     ),
-    "gamma": Field(0.1, POSITIVE, "of multistep", may_change=True),
-    "power": Field(0.9, POSITIVE, "of polynomial: the rate falls as (1 - t/T)^power", may_change=True),
-    "minimum_rate": Field(0.0, NOT_NEGATIVE, "of cosine: where it ends", may_change=True),
+    "gamma": Field(0.1, POSITIVE, "of the milestones", may_change=True, only_with=_MULTISTEP),
+    "power": Field(
+        0.9,
+        POSITIVE,
+        "the rate falls as (1 - t/T)^power",
+        may_change=True,
+        only_with=("schedule", one_of("polynomial")),
+    ),
+    "minimum_rate": Field(
+        0.0,
+        NOT_NEGATIVE,
+        "where the rate ends",
+        may_change=True,
+        only_with=("schedule", one_of("cosine")),
+    ),
     "warmup_epochs": Field(
         0.0, NOT_NEGATIVE, "over which the rate rises, before the schedule begins", may_change=True
     ),

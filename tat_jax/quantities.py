@@ -14,3 +14,8 @@ def duration(seconds: float) -> str:
     if minutes < 100:
         return f"{minutes} min"
     return f"{hours} h" if hours < 48 else f"{hours // 24} days {hours % 24} h"
+
+
+def count(number: int, one: str, several: str = "") -> str:
+    """Return so many of something, as `1 step` or `20 steps`."""
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"

@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tat_jax import evaluate, experiment, pictures, train
+from tat_jax.build import all_terms
 from tat_jax.fields import Field, Fields, Rule, whole, wrong
 from tat_jax.metrics import read_rows
 from tat_jax.tasks import TASKS
@@ -79,7 +80,7 @@ def run(config: ConfigDict, folder: str | Path) -> str:
             for training in trainings:
                 experiment.check(training)
     task = TASKS[config.task]()
-    of_teacher = _measure_teacher(config, teacher, folder, task)
+    of_teacher = _measure_teacher(config, teacher, students, folder, task)
     rows = {}
     for name, trainings in students.items():
         rows[name] = [_train(training, folder / name / f"seed{training.seed}") for training in trainings]
@@ -145,12 +146,19 @@ def _train(config: ConfigDict, folder: Path) -> list[dict[str, Any]]:
 
 
 def _measure_teacher(
-    config: ConfigDict, teacher: ConfigDict | None, folder: Path, task: Task
+    config: ConfigDict,
+    teacher: ConfigDict | None,
+    students: Mapping[str, Sequence[ConfigDict]],
+    folder: Path,
+    task: Task,
 ) -> float | None:
     """Return the best measure of the teacher, trained here or before; None where there is none to compare."""
     if teacher:
         with _named(_TEACHER):
             return train.run(teacher, folder / _TEACHER)["best"][f"eval/{task.best}"]
+    terms = (term for of_seeds in students.values() for term in all_terms(of_seeds[0]))
+    if not any(term.loss.needs_teacher for term in terms):
+        return None
     try:
         return evaluate.run(config_of_training(config), folder, config.teacher.weights).measures[task.best]
     except (

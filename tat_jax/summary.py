@@ -3,20 +3,36 @@
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from tat_jax import experiment
 from tat_jax.build import Built
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.source import notes
+from tat_jax.quantities import count
 
 
 def summarize(config: ConfigDict, built: Built, data: Pipeline, eval_data: Pipeline, mesh: Mesh) -> list[str]:
-    """Return a line for each part of a training, and one for each thing to note about its images."""
+    """Return a line for each part of a training, and one for each thing to note about fields and images."""
     student = built.student
+    to_note = (*experiment.notes(config), *notes(data.source), *notes(eval_data.source))
+    steps = count(data.steps_per_epoch, "step")
     return [
         f"  student  {student.name} from {student.origin['source']}, head {student.origin['head']}",
         f"  loss     {' + '.join(map(str, built.terms))}",
-        f"  data     {len(data.source):,} training images, {len(eval_data.source):,} to validate, "
-        f"{data.source.num_classes} classes, {data.steps_per_epoch:,} steps an epoch",
+        f"  rate     {_rate(config, built, data.steps_per_epoch)}",
+        f"  data     {count(len(data.source), 'training image')}, {len(eval_data.source):,} to validate, "
+        f"{count(data.source.num_classes, 'class', 'classes')}, {steps} an epoch",
         f"  images   {built.recipe.task.preparation(config.data)}, to validate",
-        *(f"  note     {line}" for of in (data, eval_data) for line in notes(of.source)),
+        *(f"  note     {line}" for line in to_note),
         f"  devices  {mesh.size} × {mesh.devices.flat[0].device_kind}",
     ]
+
+
+def _rate(config: ConfigDict, built: Built, steps_per_epoch: int) -> str:
+    """Say what the schedule comes to, which may be nothing in a run of so many steps."""
+    learning_rate, last_step = built.recipe.learning_rate, config.epochs * steps_per_epoch - 1
+    rates = learning_rate(0), config.optimizer.learning_rate, learning_rate(last_step)
+    first, most, last = (f"{float(rate):.3g}" for rate in rates)
+    if first == most == last:
+        return f"{most} at every step"
+    rises = "" if most in (first, last) else f", {most} at most"
+    return f"{first} at the first step{rises}, {last} at the last"

@@ -8,7 +8,17 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from tat_jax import evaluate, experiment, fields, study, train
-from tat_jax.configs import base, digits, r18_r34, r18_r34_ce, r18_r34_kd, r18_r34_scratch, supervised
+from tat_jax.configs import (
+    base,
+    compare,
+    digits,
+    finetune,
+    r18_r34,
+    r18_r34_ce,
+    r18_r34_kd,
+    r18_r34_scratch,
+    supervised,
+)
 from tat_jax.losses import LOSSES, terms_of
 
 EXPERIMENTS = [r18_r34, r18_r34_kd, r18_r34_ce, r18_r34_scratch, supervised]
@@ -142,3 +152,29 @@ def test_a_run_and_an_evaluation_check_first(tmp_path, run):
     with pytest.raises(ValueError, match=r"batch_size=0: allowed is a whole number from 1 on"):
         run(changed("batch_size", 0), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "beside", "read_where"),
+    [
+        ("data.labels_per_class", 5, "data.source is 'imagefolder'", "'digits'"),
+        ("data.exif_orientation", True, "data.source is 'digits'", "'imagefolder' or 'tfds'"),
+        ("optimizer.momentum", 0.8, "optimizer.name is 'adamw'", "'sgd'"),
+        ("optimizer.minimum_rate", 1e-5, "optimizer.schedule is 'multistep'", "'cosine'"),
+        ("losses.kd.temperature", 4.0, "losses.kd.weight is 0.0", "other than 0"),
+        ("losses.tat.layer4.heads", 2, "losses.tat.layer4.weight is 0.0", "other than 0"),
+    ],
+)
+def test_a_field_that_nothing_reads_is_told_with_what_makes_it_read(name, value, beside, read_where):
+    config = changed(name, value)
+    if "'digits'" in beside:
+        config.data.source = "digits"
+    assert list(experiment.notes(config)) == [
+        f"{name}={value!r} does nothing, as {beside}: it is read where that is {read_where}"
+    ]
+
+
+@pytest.mark.parametrize("module", [*EXPERIMENTS, digits, finetune, compare])
+@pytest.mark.parametrize("argument", ["", "smoke"])
+def test_no_config_sets_what_nothing_reads(module, argument):
+    assert list(experiment.notes(module.get_config(argument))) == []

@@ -199,6 +199,23 @@ def test_a_finished_run_keeps_what_is_asked_for(root):
         train_under(teacher_of(0), root, keep="networks", epochs=2)
 
 
+@pytest.mark.parametrize("killed_in", ["tat_jax.checkpoints.seal", "shutil.rmtree"])
+def test_a_kill_while_the_training_is_dropped_damages_no_checkpoint(root, monkeypatch, killed_in):
+    expected = evaluate.run(config_of(root), root / "run", "best", student=student)
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(killed_in, kill)
+        with pytest.raises(KeyboardInterrupt):
+            train_under(teacher_of(0), root, keep="networks")
+    assert evaluate.run(config_of(root), root / "run", "best", student=student) == expected
+    train_under(teacher_of(0), root, keep="networks")
+    assert not (root / "run" / "damaged").exists()
+    assert not (root / "run" / "checkpoints" / "1" / "training").exists()
+
+
 def test_more_batches_an_update_than_there_are_would_train_nothing(trained):
     config = config_of(trained)
     config.optimizer.accumulate = 2

@@ -95,8 +95,11 @@ def test_a_teacher_that_exists_teaches_and_is_measured(done, tmp_path):
     assert f"{100 * last(folder / 'kd' / 'seed0'):6.2f}" in student  # the same training as there
 
 
-def test_a_study_of_students_that_need_no_teacher_has_none(tmp_path):
-    table = study.run(config_of({"alone": {}}, teacher=None), tmp_path)
+def test_a_study_of_students_that_need_no_teacher_has_none(done, tmp_path):
+    _, folder, _ = done
+    config = config_of({"alone": {}}, teacher=None)
+    config.teacher.weights = str(folder / "teacher")
+    table = study.run(config, tmp_path)
     assert [line.split()[0] for line in table.strip("\n").splitlines()[1:]] == ["alone"]
 
 

@@ -270,6 +270,7 @@ def test_what_is_passed_over_is_told_and_a_training_set_that_grew_since_is_refus
         "\n  images   16 × 16 pixels cut from a shorter side of 16 (data.eval_resize), to validate\n" in told
     )
     assert told.count("\n  note     train: passed over 1 .gif; read are ") == 1
+    assert "\n  rate     0.0016 at every step\n" in told
     folder("train/a/new.JPEG")
     config.epochs = 2
     with pytest.raises(ValueError, match=r"trained on 8 images, and data.root holds 9 now"):

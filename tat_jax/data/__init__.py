@@ -16,17 +16,23 @@ def eval_resize(data: ConfigDict | Mapping[str, Any]) -> int:
     return round(data["image_size"] * 256 / 224) if said is None else said
 
 
+_ENCODED = ("source", one_of("imagefolder", "tfds"))  # whose images are files
+
 FIELDS = {
     "source": Field("imagefolder", one_of(*SOURCES), "where the images come from"),
     "root": Field("data/imagenet", FOLDER, "holds train/ and val/; for tfds its data_dir", may_change=True),
-    "tfds_name": Field("imagenet2012", TEXT, "of tfds: the data set"),
+    "tfds_name": Field("imagenet2012", TEXT, "the data set", only_with=("source", one_of("tfds"))),
     "labels_per_class": Field(
-        int, or_none(whole(1)), "of digits: train on the first so many of each class; None: all"
+        int,
+        or_none(whole(1)),
+        "train on the first so many of each class; None: all",
+        only_with=("source", one_of("digits")),
     ),
     "classes": Field(
         str,
         or_none(one_of(FOLDERS)),
-        "of imagefolder: 'folders' numbers the folders; None: so, but ImageNet's 1,000 if all are its ids",
+        "'folders' numbers the folders; None: so, but ImageNet's 1,000 if all are its ids",
+        only_with=("source", one_of("imagefolder")),
     ),
     "image_size": Field(224, whole(1), "height and width of what networks see"),
     "eval_resize": Field(
@@ -56,11 +62,14 @@ FIELDS = {
         may_change=True,
     ),
     "flip": Field(True, YES_OR_NO, "mirror half of the training images", may_change=True),
-    "exif_orientation": Field(False, YES_OR_NO, "turn and mirror images as their EXIF says"),
+    "exif_orientation": Field(
+        False, YES_OR_NO, "turn and mirror images as their EXIF says", only_with=_ENCODED
+    ),
     "grey_range": Field(
         tuple,
         or_none(numbers(2, "two numbers, the second greater", lambda black, white: black < white)),
         "of grey of more than 8 bits: the levels that are black and white; None: least and most of the type",
+        only_with=_ENCODED,
     ),
     "threads": Field(16, whole(0), "that read ahead; 0 reads between the steps", may_change=True),
     "skip_broken": Field(False, YES_OR_NO, "go on without images that do not decode", may_change=True),

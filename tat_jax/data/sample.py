@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from tat_jax.data.pipeline import Pipeline, open_pipeline
 from tat_jax.data.source import Example, Source, class_names, notes, spread
+from tat_jax.quantities import count
 from tat_jax.tasks import TASKS
 
 _IMAGES = 64
@@ -40,10 +41,12 @@ def open_data(config: ConfigDict, split: str) -> tuple[str, Pipeline]:
     """
     data = open_pipeline(config, split)
     if split == "train":
-        more = f"{data.steps_per_epoch:,} steps an epoch"
+        more = f"{count(data.steps_per_epoch, 'step')} an epoch"
     else:
         more = TASKS[config.task]().preparation(config.data)
-    lines = [f"{len(data.source):,} images, {data.source.num_classes:,} classes, {more}"]
+    lines = [
+        f"{count(len(data.source), 'image')}, {count(data.source.num_classes, 'class', 'classes')}, {more}"
+    ]
     return "\n".join([*lines, *(f"NOTE: {note}" for note in notes(data.source))]), data
 
 

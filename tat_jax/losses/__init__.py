@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from tat_jax.batch import Batch
-from tat_jax.fields import Field, Fields
+from tat_jax.fields import Field, Fields, Rule
 from tat_jax.losses.labels import cross_entropy
 from tat_jax.losses.logits import kd_loss, kd_weights, kl_divergence
 from tat_jax.losses.loss import FunctionLoss, Loss, Value
@@ -45,6 +45,9 @@ LOSSES: dict[str, type[Loss]] = {
 }
 
 
+_ON = Rule("other than 0", lambda weight: not is_zero(weight))
+
+
 class Term(NamedTuple):
     """A term of the loss.
 
@@ -76,7 +79,8 @@ def fields_of(loss: type[Loss]) -> dict[str, Field]:
         return not loss.has_parameters or is_zero(before) == is_zero(after)
 
     weight = Field(0.0, WEIGHT, f"of {loss.name} in the sum of the losses", may_change, optional=True)
-    return {"weight": weight, **loss.options}
+    options = {name: option._replace(only_with=("weight", _ON)) for name, option in loss.options.items()}
+    return {"weight": weight, **options}
 
 
 FIELDS: Fields = {
