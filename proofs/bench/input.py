@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from proofs.bench.handover import Asleep, draw
 from proofs.bench.sidebyside import Row, compare_times, main
 from proofs.photographs import Photograph, add_photos
 from proofs.report import announce
@@ -32,6 +33,7 @@ from tat_jax.tasks.classification import Classification
 
 BATCH = 64
 IMAGES = 1024  # an epoch at least; files are read again to fill it
+READERS = 64
 Files = tuple[str, ...]
 
 
@@ -54,6 +56,7 @@ def measure(photos: list[Photograph]) -> list[Row]:
             rows += [
                 beside("training crops, two cores, beside torch", ours, torch_loader, cores=(2, 2)),
                 beside("training crops, two cores beside one", ours, ours, cores=(2, 1), bound=1.8),
+                beside("handed over, 64 threads beside 1", threads, one_thread, cores=(2, 2)),
             ]
         return rows
 
@@ -74,6 +77,27 @@ def tf_data(files: Files, cores: int, train: bool) -> None:
     """Read an epoch of training crops by tf.data, which decodes only the crop, with antialias."""
     for _ in _tf_data(files, cores):
         pass
+
+
+def threads(files: Files, cores: int, train: bool) -> None:
+    """Hand over an epoch of photographs whose decoding is a sleep, by 64 threads."""
+    _hand_over(files, READERS)
+
+
+def one_thread(files: Files, cores: int, train: bool) -> None:
+    """Hand over likewise, by one thread."""
+    _hand_over(files, 1)
+
+
+def _hand_over(files: Files, threads: int) -> None:
+    for _ in _asleep(files, threads).epoch(0):
+        pass
+
+
+class _Drawn(Classification):
+    """Leaves images as they are."""
+
+    transform = staticmethod(draw)
 
 
 class _Photographs:
@@ -120,6 +144,19 @@ def _pipeline(files: Files, threads: int, train: bool) -> Pipeline:
         base().data,
         batch_size=BATCH,
         train=train,
+        seed=0,
+        threads=threads,
+    )
+
+
+@functools.cache
+def _asleep(files: Files, threads: int) -> Pipeline:
+    return Pipeline(
+        Asleep(files),
+        _Drawn(),
+        base().data,
+        batch_size=BATCH,
+        train=True,
         seed=0,
         threads=threads,
     )
