@@ -31,7 +31,7 @@ class Asleep:
 
     def __getitem__(self, index: int) -> Example:
         path = self._files[index]
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             file.read()
         time.sleep(SECONDS)
         return Example(self._image, 0, path)

@@ -5,6 +5,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from tat_jax.data.source import some
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
@@ -43,6 +45,22 @@ class PassedOver:
             if names:
                 lines.append(f"{split}: passed over {what} ({len(names):,}): {some(names, 2)}")
         return lines
+
+
+class Paths:
+    """Paths in two arrays: in half of the memory that texts take, and processes share it."""
+
+    def __init__(self, paths: list[str]):
+        encoded = list(map(os.fsencode, paths))
+        self._text = np.frombuffer(b"".join(encoded), np.uint8)
+        self._ends = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        index = range(len(self))[index]
+        return os.fsdecode(self._text[self._ends[index] : self._ends[index + 1]].tobytes())
 
 
 def is_image(name: str) -> bool:
