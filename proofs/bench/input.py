@@ -33,7 +33,7 @@ from tat_jax.tasks.classification import Classification
 
 BATCH = 64
 IMAGES = 1024  # an epoch at least; files are read again to fill it
-READERS = 64
+READERS, HANDED_OVER = 64, 8  # of that, times as many images
 Files = tuple[str, ...]
 
 
@@ -56,7 +56,12 @@ def measure(photos: list[Photograph]) -> list[Row]:
             rows += [
                 beside("training crops, two cores, beside torch", ours, torch_loader, cores=(2, 2)),
                 beside("training crops, two cores beside one", ours, ours, cores=(2, 1), bound=1.8),
-                beside("handed over, 64 threads beside 1", threads, one_thread, cores=(2, 2)),
+            ]
+            what = f"handed over, {READERS} readers, two cores"
+            handed_over = functools.partial(compare, files * HANDED_OVER, cores=(2, 2))
+            rows += [
+                handed_over(f"{what}, threads beside one", threads, one_thread),
+                handed_over(f"{what}, processes beside threads", processes, threads),
             ]
         return rows
 
@@ -79,18 +84,23 @@ def tf_data(files: Files, cores: int, train: bool) -> None:
         pass
 
 
+def processes(files: Files, cores: int, train: bool) -> None:
+    """Hand over an epoch of photographs whose decoding is a sleep, by processes of 16 threads each."""
+    _hand_over(files, READERS // 16, 16)
+
+
 def threads(files: Files, cores: int, train: bool) -> None:
-    """Hand over an epoch of photographs whose decoding is a sleep, by 64 threads."""
-    _hand_over(files, READERS)
+    """Hand over likewise, by threads of one process."""
+    _hand_over(files, 0, READERS)
 
 
 def one_thread(files: Files, cores: int, train: bool) -> None:
     """Hand over likewise, by one thread."""
-    _hand_over(files, 1)
+    _hand_over(files, 0, 1)
 
 
-def _hand_over(files: Files, threads: int) -> None:
-    for _ in _asleep(files, threads).epoch(0):
+def _hand_over(files: Files, processes: int, threads: int) -> None:
+    for _ in _asleep(files, processes, threads).epoch(0):
         pass
 
 
@@ -150,15 +160,16 @@ def _pipeline(files: Files, threads: int, train: bool) -> Pipeline:
 
 
 @functools.cache
-def _asleep(files: Files, threads: int) -> Pipeline:
+def _asleep(files: Files, processes: int, threads: int) -> Pipeline:
     return Pipeline(
         Asleep(files),
         _Drawn(),
         base().data,
-        batch_size=BATCH,
+        batch_size=256,
         train=True,
         seed=0,
         threads=threads,
+        processes=processes,
     )
 
 

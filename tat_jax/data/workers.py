@@ -79,7 +79,9 @@ class Workers:
             self._selector = selectors.DefaultSelector()
             self._selector.register(self._done, selectors.EVENT_READ)
             self._of: dict[Connection, subprocess.Popen] = {}
-            self._end = weakref.finalize(self, _end, self._of, self._selector, (self._tasks, self._done))
+            self._end = weakref.finalize(
+                self, _end, os.getpid(), self._of, self._selector, (self._tasks, self._done)
+            )
             for _ in range(processes):
                 messages, their_messages = Pipe(duplex=False)
                 with their_messages:
@@ -240,9 +242,14 @@ def _start(files: Files) -> subprocess.Popen:
 
 
 def _end(
-    processes: dict[Connection, subprocess.Popen], selector: selectors.BaseSelector, files: tuple[int, ...]
+    starter: int,
+    processes: dict[Connection, subprocess.Popen],
+    selector: selectors.BaseSelector,
+    files: tuple[int, ...],
 ) -> None:
     """End processes at once: nothing that they do outlives this one, and what they wrote stays."""
+    if os.getpid() != starter:  # a fork of it
+        return
     for process in processes.values():
         process.kill()
     for messages, process in processes.items():
