@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from tat_jax.data.listing import EXTENSIONS, PassedOver, Paths, is_image, leads_to, list_images
+from tat_jax.data.kept_lists import list_folders
+from tat_jax.data.listing import EXTENSIONS, PassedOver, is_image, leads_to
 from tat_jax.data.source import SPLITS, Example, Source, printable, some
 from tat_jax.paths import local
 
@@ -58,16 +59,10 @@ class ImageFolder:
         self.classes = ids if has_ids else list(trained)
         self.num_classes = len(self.classes)
         numbers = {name: number for number, name in enumerate(self.classes)}
-        all_paths: list[str] = []
-        labels: list[int] = []
-        empty = []
-        for name, folder_name in found.items():
-            paths = list_images(str(root / split / folder_name), passed)
-            all_paths += paths
-            labels += [numbers[name]] * len(paths)
-            if not paths:
-                empty.append(str(root / split / folder_name))
-        self._paths, self._labels = Paths(all_paths), np.array(labels, np.int32)
+        folders = [str(root / split / folder_name) for folder_name in found.values()]
+        self._paths, counts = list_folders(folders, passed)
+        self._labels = np.repeat(np.array([numbers[name] for name in found], np.int32), counts)
+        empty = [folder for folder, count in zip(folders, counts, strict=True) if not count]
         self.notes = passed.lines(split)
         _check_all_were_read(root, passed, empty, self.notes)
         self.notes += _notes_of_classes(root, split, found, trained, has_ids)
