@@ -17,7 +17,8 @@ def explain(error: Exception, *, processes: int = 1) -> str | None:
     """
     if isinstance(error, MemoryError):
         said = f"; {error}" if str(error) else ""
-        return f"the machine's memory is full: lower --config.batch_size or --config.data.threads{said}"
+        lower = "--config.batch_size, --config.data.processes or --config.data.threads"
+        return f"the machine's memory is full: lower {lower}{said}"
     if isinstance(error, OSError) and error.strerror:
         return _of_files(error)
     if isinstance(error, ValueError | OSError | FloatingPointError | ImportError):

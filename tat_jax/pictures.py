@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from tat_jax.data.pipeline import Pipeline
-from tat_jax.data.source import class_names, printable
-from tat_jax.tasks.task import Label, Task
+from tat_jax.data.source import Label, class_names, printable
+from tat_jax.tasks.task import Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -128,6 +128,8 @@ class _Training:
             self._check_is_there = opened.enter_context(run_folder.only_run(folder))
             self._checkpoints = opened.enter_context(RunCheckpoints(folder))
             self._signals = opened.enter_context(StopSignals())
+            for data in (self._data, self._eval_data):
+                opened.callback(data.close)
             of_parts = provenance.changes(read_provenance(folder), self._provenance, folder)
             restored = self._restore()
             run_folder.write_config(config, folder, self._position.step, changed=bool(of_config))
@@ -190,8 +192,7 @@ class _Training:
         return restored
 
     def _last_evaluation_is_logged(self) -> bool:
-        step = self._position.step
-        return any(row["step"] == step and is_evaluation(row) for row in read_rows(self._folder))
+        return self._position.step in [row["step"] for row in read_rows(self._folder) if is_evaluation(row)]
 
     @property
     def _last_step(self) -> int:

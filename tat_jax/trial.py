@@ -61,6 +61,7 @@ def time_reading(config: ConfigDict, data: Pipeline) -> tuple[str, Reading]:
     Raises:
         ValueError: a file cannot be read.
     """
+    data.start()
     since = time.monotonic()
     reader = data.epoch(0)
     first = next(reader)
@@ -68,8 +69,11 @@ def time_reading(config: ConfigDict, data: Pipeline) -> tuple[str, Reading]:
     while seconds < _SECONDS and (batch := next(reader, None)):
         images += int(batch.where.sum())
         seconds = time.monotonic() - since
+    reader.close()
+    data.close()
     rate = images / seconds * jax.process_count()
-    return f"{rate:,.0f} images/s with data.threads={config.data.threads}", Reading(first, rate)
+    finding = f"{rate:,.0f} images/s with {data.readers()}, in at most {size(data.memory)} of memory"
+    return finding, Reading(first, rate)
 
 
 def look(config: ConfigDict, built: Built, reading: Reading, mesh: Mesh) -> tuple[str, Taken | None]:

@@ -1,4 +1,4 @@
-"""Python of its own, for what must not depend on what the tests have imported."""
+"""Python of its own, for what must not depend on what the tests have imported; processes of this one."""
 
 import subprocess
 import sys
@@ -16,3 +16,12 @@ def run_python(code: str, *options: str) -> subprocess.CompletedProcess:
         cwd=Path(__file__).parent.parent,
         check=True,
     )
+
+
+def children() -> set[int]:
+    """Return the processes that this one started and that are there."""
+    return {
+        int(child)
+        for task in Path("/proc/self/task").iterdir()
+        for child in (task / "children").read_text().split()
+    }

@@ -24,6 +24,7 @@ from tat_jax.networks.view import normalize
 from tat_jax.schedules import linear
 from tat_jax.tasks.classification import Classification
 from tat_jax.weights import store
+from tests.interpreter import children
 from tests.tiny import Tiny
 
 MAIN = Path(__file__).parents[1] / "main.py"
@@ -216,12 +217,16 @@ def test_an_unreadable_image_that_is_skipped_is_named_and_no_failure(find, folde
 
 
 def test_taps_that_do_not_fit_are_named(find, tmp_path):
-    hold, found = find(config_of(student=narrow("random")), student=None)
+    config = config_of(student=narrow("random"))
+    config.data.processes = 2
+    hold, found = find(config, student=None)
     assert not hold
     assert failed(found) == ["task"]
     assert "tat_layer2: the taps differ in height and width" in found["task"]
     assert left_out(found) == ["taps", "first look", "memory", "loss at step 0", "time"]
-    assert "images/s with data.threads=1" in found["reading"]
+    reading = r"[\d,]+ images/s with data.processes=2 of data.threads=1 each, in at most [\d.]+ MiB of memory"
+    assert re.fullmatch(reading, found["reading"].strip())
+    assert not children()
 
 
 def test_a_teacher_of_other_classes_is_named(find, tmp_path):

@@ -25,10 +25,10 @@ EXPERIMENTS = [r18_r34, r18_r34_kd, r18_r34_ce, r18_r34_scratch, supervised]
 NAMES = sorted(flatten_dict(base.base().to_dict(), sep="."))
 TEXT = {"weights", "root", "tfds_name", "student_tap", "teacher_tap"}
 NONE = {"bn_group", "clip_norm", "labels_per_class", "image_size", "student_tap", "teacher_tap"}
-NONE |= {"classes", "eval_resize", "grey_range"}
+NONE |= {"classes", "eval_resize", "grey_range", "processes"}
 # Where 0 means something.
 ZERO = {"seed", "steps_left_out", "checkpoint_minutes", "weight", "embedding_kernel", "weight_decay"}
-ZERO |= {"momentum", "warmup_epochs", "minimum_rate", "threads"}
+ZERO |= {"momentum", "warmup_epochs", "minimum_rate", "threads", "processes"}
 
 
 def last(name):

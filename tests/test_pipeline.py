@@ -13,32 +13,14 @@ from PIL import Image
 from tat_jax.configs import base
 from tat_jax.data import eval_resize
 from tat_jax.data.pipeline import Pipeline, open_pipeline
-from tat_jax.data.sources import Example, ImageFolder
+from tat_jax.data.sources import ImageFolder
 from tat_jax.data.transforms import DecodeError, eval_transform
 from tat_jax.tasks.classification import Classification
 from tests.images import encode, photograph
 from tests.interpreter import run_python
+from tests.sources import Photographs
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
-
-
-class Photographs:
-    """So many different images in memory; `files` replaces some by files, and `read` notes what was read."""
-
-    num_classes = 7
-
-    def __init__(self, count: int, files: dict[int, bytes] | None = None):
-        self.count = count
-        self.files = files or {}
-        self.read: list[int] = []
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Example:
-        self.read.append(index)
-        image = self.files.get(index, photograph(10, 12, seed=index))
-        return Example(image, index % self.num_classes, f"photograph {index}")
 
 
 def make(source, *, batch_size=8, train=True, seed=0, threads=0, skip_broken=False, **options) -> Pipeline:
@@ -185,12 +167,8 @@ class TestPipeline:
     def test_an_abandoned_epoch_does_not_keep_the_process(self):
         done = run_python(
             """
-            import time
-            from tests.test_pipeline import Photographs, make
-            class Slow(Photographs):
-                def __getitem__(self, index):
-                    time.sleep(0.01)
-                    return super().__getitem__(index)
+            from tests.sources import Slow
+            from tests.test_pipeline import make
             closed, kept = (make(Slow(100_000), threads=4).epoch(0) for _ in range(2))
             next(closed), next(kept)
             closed.close()

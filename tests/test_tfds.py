@@ -14,6 +14,7 @@ from PIL import Image
 from tat_jax.data import prepare
 from tat_jax.data.sources import Tfds
 from tests.interpreter import run_python
+from tests.test_pipeline import assert_same, make
 
 
 def jpeg(i: int) -> bytes:
@@ -77,6 +78,13 @@ def test_examples_are_the_encoded_files_with_their_labels_and_names(data_dir):
         number = int(example.name[6])
         assert example.image == jpeg(number)
         assert example.label == number % 3
+
+
+def test_processes_read_it_alike(data_dir):
+    source = Tfds("miniature", data_dir, "train")
+    data = make(source, batch_size=2, processes=1)
+    assert_same(data.epoch(1), make(source, batch_size=2).epoch(1))
+    data.close()
 
 
 def test_validation_is_the_split_of_that_name(data_dir):

@@ -30,6 +30,7 @@ from tat_jax.metrics import read_rows
 from tat_jax.networks.view import View, normalize
 from tat_jax.signals import Interrupted
 from tat_jax.weights import folders, store
+from tests.interpreter import children
 from tests.tiny import Tiny
 
 
@@ -122,10 +123,15 @@ def test_the_best_and_the_last_checkpoint_are_told(uninterrupted):
     assert folders.last(uninterrupted).name == "12"
 
 
-def test_a_run_that_was_continued_after_an_epoch_equals_the_uninterrupted_one(tmp_path, uninterrupted):
+def test_a_run_that_was_continued_by_processes_that_read_equals_the_uninterrupted_one(
+    tmp_path, uninterrupted
+):
     run(config_of(epochs=1), tmp_path)
-    run(config_of(epochs=4), tmp_path)
+    config = config_of(epochs=4)
+    config.data.processes = 2
+    run(config, tmp_path)
     assert_same_run(tmp_path, uninterrupted)
+    assert not children()
 
 
 class Watched:

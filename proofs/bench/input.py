@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from proofs.bench.handover import Asleep, draw
 from proofs.bench.sidebyside import Row, compare_times, main
 from proofs.photographs import Photograph, add_photos
 from proofs.report import announce
@@ -32,6 +33,7 @@ from tat_jax.tasks.classification import Classification
 
 BATCH = 64
 IMAGES = 1024  # an epoch at least; files are read again to fill it
+READERS, HANDED_OVER = 64, 8  # of that, times as many images
 Files = tuple[str, ...]
 
 
@@ -55,6 +57,12 @@ def measure(photos: list[Photograph]) -> list[Row]:
                 beside("training crops, two cores, beside torch", ours, torch_loader, cores=(2, 2)),
                 beside("training crops, two cores beside one", ours, ours, cores=(2, 1), bound=1.8),
             ]
+            what = f"handed over, {READERS} readers, two cores"
+            handed_over = functools.partial(compare, files * HANDED_OVER, cores=(2, 2))
+            rows += [
+                handed_over(f"{what}, threads beside one", threads, one_thread),
+                handed_over(f"{what}, processes beside threads", processes, threads),
+            ]
         return rows
 
 
@@ -74,6 +82,32 @@ def tf_data(files: Files, cores: int, train: bool) -> None:
     """Read an epoch of training crops by tf.data, which decodes only the crop, with antialias."""
     for _ in _tf_data(files, cores):
         pass
+
+
+def processes(files: Files, cores: int, train: bool) -> None:
+    """Hand over an epoch of photographs whose decoding is a sleep, by processes of 16 threads each."""
+    _hand_over(files, READERS // 16, 16)
+
+
+def threads(files: Files, cores: int, train: bool) -> None:
+    """Hand over likewise, by threads of one process."""
+    _hand_over(files, 0, READERS)
+
+
+def one_thread(files: Files, cores: int, train: bool) -> None:
+    """Hand over likewise, by one thread."""
+    _hand_over(files, 0, 1)
+
+
+def _hand_over(files: Files, processes: int, threads: int) -> None:
+    for _ in _asleep(files, processes, threads).epoch(0):
+        pass
+
+
+class _Drawn(Classification):
+    """Leaves images as they are."""
+
+    transform = staticmethod(draw)
 
 
 class _Photographs:
@@ -122,6 +156,20 @@ def _pipeline(files: Files, threads: int, train: bool) -> Pipeline:
         train=train,
         seed=0,
         threads=threads,
+    )
+
+
+@functools.cache
+def _asleep(files: Files, processes: int, threads: int) -> Pipeline:
+    return Pipeline(
+        Asleep(files),
+        _Drawn(),
+        base().data,
+        batch_size=256,
+        train=True,
+        seed=0,
+        threads=threads,
+        processes=processes,
     )
 
 

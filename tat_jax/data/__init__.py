@@ -71,6 +71,12 @@ FIELDS = {
         "of grey of more than 8 bits: the levels that are black and white; None: least and most of the type",
         only_with=_ENCODED,
     ),
+    "processes": Field(
+        int,
+        or_none(whole(0)),
+        "that read, with `threads` each; 0: the training itself; None: as the devices and cores ask for",
+        may_change=True,
+    ),
     "threads": Field(16, whole(0), "that read ahead; 0 reads between the steps", may_change=True),
     "skip_broken": Field(False, YES_OR_NO, "go on without images that do not decode", may_change=True),
 }

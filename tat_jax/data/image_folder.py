@@ -6,9 +6,11 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from tat_jax.data.listing import EXTENSIONS, PassedOver, is_image, leads_to, list_images
+from tat_jax.data.kept_lists import list_folders
+from tat_jax.data.listing import EXTENSIONS, PassedOver, is_image, leads_to
 from tat_jax.data.source import SPLITS, Example, Source, printable, some
 from tat_jax.paths import local
 
@@ -57,15 +59,10 @@ class ImageFolder:
         self.classes = ids if has_ids else list(trained)
         self.num_classes = len(self.classes)
         numbers = {name: number for number, name in enumerate(self.classes)}
-        self._paths: list[str] = []
-        self._labels: list[int] = []
-        empty = []
-        for name, folder_name in found.items():
-            paths = list_images(str(root / split / folder_name), passed)
-            self._paths += paths
-            self._labels += [numbers[name]] * len(paths)
-            if not paths:
-                empty.append(str(root / split / folder_name))
+        folders = [str(root / split / folder_name) for folder_name in found.values()]
+        self._paths, counts = list_folders(folders, passed)
+        self._labels = np.repeat(np.array([numbers[name] for name in found], np.int32), counts)
+        empty = [folder for folder, count in zip(folders, counts, strict=True) if not count]
         self.notes = passed.lines(split)
         _check_all_were_read(root, passed, empty, self.notes)
         self.notes += _notes_of_classes(root, split, found, trained, has_ids)
@@ -81,8 +78,8 @@ class ImageFolder:
     def __getitem__(self, index: int) -> Example:
         path = self._paths[index]
         try:
-            with open(path, "rb") as file:
-                return Example(file.read(), self._labels[index], printable(path))
+            with open(path, "rb", buffering=0) as file:
+                return Example(file.read(), int(self._labels[index]), printable(path))
         except OSError as error:
             # Of the same kind, but without a number: what it comes of is no matter of the run's folder.
             raise type(error)(

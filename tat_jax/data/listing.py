@@ -3,7 +3,10 @@
 import os
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
+
+import numpy as np
+from jaxtyping import Integer, UInt8
 
 from tat_jax.data.source import some
 
@@ -30,6 +33,13 @@ class PassedOver:
     back: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
 
+    def add(self, other: "PassedOver") -> None:
+        """Take in what was passed over elsewhere."""
+        self.endings.update(other.endings)
+        for name, paths in vars(other).items():
+            if name != "endings":
+                getattr(self, name).extend(paths)
+
     def lines(self, split: str) -> list[str]:
         """Return a line for each kind of what was passed over in a split."""
         kinds = [f"{count:,} {ending}" for ending, count in self.endings.most_common()]
@@ -43,6 +53,32 @@ class PassedOver:
             if names:
                 lines.append(f"{split}: passed over {what} ({len(names):,}): {some(names, 2)}")
         return lines
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Paths in two arrays: in half of the memory that texts take, and processes share it.
+
+    Attributes:
+        text: the bytes of all of them.
+        ends: where each one ends, after a 0.
+    """
+
+    text: UInt8[np.ndarray, " bytes"]
+    ends: Integer[np.ndarray, " ends"]
+
+    @classmethod
+    def of(cls, paths: list[str]) -> Self:
+        """Return paths in arrays."""
+        encoded = list(map(os.fsencode, paths))
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), np.cumsum([0, *map(len, encoded)]))
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        index = range(len(self))[index]
+        return os.fsdecode(self.text[self.ends[index] : self.ends[index + 1]].tobytes())
 
 
 def is_image(name: str) -> bool:
@@ -62,17 +98,19 @@ def leads_to(entry: os.DirEntry[str]) -> Literal["folder", "file", "else", "nowh
     return "nowhere" if entry.is_symlink() else "else"
 
 
-def list_images(folder: str, passed: PassedOver) -> list[str]:
+def list_images(folder: str, passed: PassedOver, states: dict[str, tuple[int, ...]]) -> list[str]:
     """Return the paths of the images in a folder and in all within it, in torchvision's order.
 
     Args:
         folder: links in it are followed, but for those that lead back to a folder around them.
         passed: is told of what is passed over.
+        states: is told of each folder in what `state` it was found.
     """
     found: list[tuple[str, list[str]]] = []
     waiting = [(folder, _around(folder))]
     while waiting:
         here, around = waiting.pop()
+        states[here] = state(here)
         try:
             with os.scandir(here) as scanned:
                 entries = list(scanned)
@@ -114,6 +152,15 @@ def _around(folder: str) -> frozenset[tuple[int, int]]:
             paths.add(path)
             path = os.path.dirname(path)
     return frozenset(map(_identity, paths))
+
+
+def state(folder: str) -> tuple[int, ...]:
+    """Return what changes when a folder becomes another one, or a name in it comes or goes."""
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def _identity(path: str) -> tuple[int, int]:

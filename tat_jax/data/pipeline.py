@@ -1,28 +1,31 @@
 """Batches of a source: the same ones whatever the number of threads and of processes, from any step."""
 
-import threading
-from collections.abc import Iterator
+import os
+from collections.abc import Generator, Iterator
 from itertools import islice
-from typing import Any
 
 import grain
 import jax
 import numpy as np
-from jaxtyping import Integer
 from ml_collections import ConfigDict
 
 from tat_jax.batch import Batch
-from tat_jax.data.source import Example, Source, spread
+from tat_jax.data.rows import MEMORY, Rows, random
+from tat_jax.data.shared import Layout
+from tat_jax.data.source import Label, Source, spread
 from tat_jax.data.sources import open_source
-from tat_jax.data.transforms import DecodeError, decode
+from tat_jax.data.transforms import DecodeError
+from tat_jax.data.workers import AHEAD, HELD, INTERPRETER, Workers
 from tat_jax.tasks import TASKS
-from tat_jax.tasks.task import Label, Task
+from tat_jax.tasks.task import Task
 
 # Rows that one thread makes at a time. Less than a batch, so that all threads work on the first batch of an
 # epoch and on the last; enough that handing them over costs nothing.
 _ROWS = 32
-# Bytes that a thread keeps for pixels: those of 2048² in RGB. A larger image gets memory of its own.
-_MEMORY = 3 * 2048**2
+# Of fewer images the processes would start longer than they read.
+_FEW = 10_000
+# A process of Python keeps two cores busy; sixteen feed an H200 with ResNet-18 and 34.
+_CORES_A_PROCESS, _PROCESSES_A_DEVICE = 2, 8
 
 
 class Pipeline:
@@ -41,6 +44,7 @@ class Pipeline:
         process_index: which rows of each batch come here.
         process_count: how many processes share a batch evenly.
         threads: that read ahead; 0 reads in the caller's.
+        processes: that read instead, with so many threads each; 0 reads in this one.
 
     Attributes:
         source: the images.
@@ -64,6 +68,7 @@ class Pipeline:
         process_index: int = 0,
         process_count: int = 1,
         threads: int,
+        processes: int = 0,
     ):
         if batch_size < 1 or batch_size % process_count:
             raise ValueError(f"batch_size={batch_size} is not a multiple of the {process_count} processes")
@@ -71,13 +76,9 @@ class Pipeline:
         self.source = source
         self.steps_per_epoch = -(-len(source) // batch_size)
         self.skipped: dict[int, str] = {}
-        self._task = task
         self._data = data
-        self._decoding: dict[str, Any] = {
-            "grey_range": data.grey_range and tuple(data.grey_range),
-            "exif_orientation": data.exif_orientation,
-        }
         self._blank_label = task.blank_label(data)
+        self._rows = Rows(source, task.transform, data, self._blank_label, train=train, seed=seed)
         self._batch_size = batch_size
         self._local_size = batch_size // process_count
         self._first_row = process_index * self._local_size
@@ -85,9 +86,11 @@ class Pipeline:
         self._train = train
         self._seed = seed
         self._threads = threads
-        self._of_thread = threading.local()
+        self._processes = processes
+        self._layout = Layout.of(AHEAD + HELD, self._local_size, data.image_size, self._blank_label)
+        self._idle: list[Workers] = []
 
-    def epoch(self, index: int, start_step: int = 0) -> Iterator[Batch]:
+    def epoch(self, index: int, start_step: int = 0) -> Generator[Batch]:
         """Yield this process's rows of the batches of epoch `index` from `start_step` on.
 
         Raises:
@@ -95,9 +98,43 @@ class Pipeline:
             ValueError: a label is not of the task's kind.
         """
         order = self._order(index)
+        reader = self._by_processes if self._processes else self._by_threads
+        return reader(index, order, start_step)
+
+    def start(self) -> None:
+        """Start the processes that read, where there are to be any, and wait until they do.
+
+        Raises:
+            ChildProcessError: one has ended.
+        """
+        if self._processes and not self._idle:
+            self._idle.append(self._start_workers())
+        for workers in self._idle:
+            workers.start()
+
+    def close(self) -> None:
+        """End the processes that read, if there are any; they end with the last iteration, too."""
+        while self._idle:
+            self._idle.pop().close()
+
+    @property
+    def memory(self) -> int:
+        """Return how many bytes reading takes at most, but for images of more than 4 million pixels."""
+        threads = max(self._threads, 1)
+        if self._processes:
+            return self._layout.bytes + self._processes * (INTERPRETER + threads * MEMORY)
+        parts = 2 * self._parts + threads + max(self._threads, 2 * self._parts)
+        return parts * self._layout.slot_bytes // self._parts + threads * MEMORY
+
+    def readers(self) -> str:
+        """Return who reads, as the config has it."""
+        threads = f"data.threads={self._threads}"
+        return f"data.processes={self._processes} of {threads} each" if self._processes else threads
+
+    def _by_threads(self, epoch: int, order: np.ndarray, start_step: int) -> Generator[Batch]:
         parts = grain.MapDataset.range(start_step * self._parts, self.steps_per_epoch * self._parts)
         reader = iter(
-            parts.map(lambda part: self._try_rows(index, order, part)).to_iter_dataset(
+            parts.map(lambda part: self._try_part(epoch, order, part)).to_iter_dataset(
                 grain.ReadOptions(
                     num_threads=self._threads, prefetch_buffer_size=max(self._threads, 2 * self._parts)
                 )
@@ -112,11 +149,24 @@ class Pipeline:
         finally:
             reader.close()
 
+    def _by_processes(self, epoch: int, order: np.ndarray, start_step: int) -> Generator[Batch]:
+        workers = self._idle.pop() if self._idle else self._start_workers()
+        steps = range(start_step, self.steps_per_epoch)
+        try:
+            for batch, skipped in workers.read(epoch, (self._indices(order, step) for step in steps)):
+                self.skipped |= skipped
+                yield Batch(batch.image, batch.label, batch.where)
+        finally:
+            if workers.is_open:
+                self._idle.append(workers)
+
+    def _start_workers(self) -> Workers:
+        return Workers(self._rows, self._layout, processes=self._processes, threads=self._threads)
+
     def names(self, epoch: int, step: int) -> list[str]:
         """Return the names of this process's images of a batch."""
-        first = step * self._batch_size + self._first_row
-        chosen = self._order(epoch)[first : first + self._local_size]
-        return [self.source[index].name for index in chosen.tolist()]
+        chosen = self._indices(self._order(epoch), step)
+        return [self.source[index].name for index in chosen[chosen >= 0].tolist()]
 
     def look(self, count: int) -> Iterator[tuple[np.ndarray, Label, str]]:
         """Yield `count` images as the first epoch has them, with their labels and names.
@@ -130,7 +180,7 @@ class Pipeline:
         for index in order[:count].tolist():
             example = self.source[index]
             try:
-                image, label = self._transform(example, 0, index)
+                image, label = self._rows.make(example, 0, index)
             except DecodeError:
                 if not self._data.skip_broken:
                     raise
@@ -140,72 +190,34 @@ class Pipeline:
     def _order(self, epoch: int) -> np.ndarray:
         order = np.arange(len(self.source))
         if self._train:
-            self._rng(epoch, 0).shuffle(order)
+            random(self._seed, epoch, 0).shuffle(order)
         return order
 
-    def _try_rows(self, epoch: int, order: np.ndarray, part: int) -> Batch | Exception:
+    def _indices(self, order: np.ndarray, step: int) -> np.ndarray:
+        """Return the images of this process's rows of a batch; −1 for rows that the source does not fill."""
+        first = step * self._batch_size + self._first_row
+        indices = np.full(self._local_size, -1)
+        chosen = order[first : first + self._local_size]
+        indices[: len(chosen)] = chosen
+        return indices
+
+    def _try_part(self, epoch: int, order: np.ndarray, part: int) -> Batch | Exception:
         """Return an exception instead of raising it: Grain would add remarks of its own to its message."""
         try:
-            return self._rows(epoch, order, part)
+            return self._part(epoch, order, part)
         except Exception as error:
             return error
 
-    def _rows(self, epoch: int, order: np.ndarray, part: int) -> Batch:
-        """Return consecutive rows; those that the source does not fill are zero, their labels blank."""
+    def _part(self, epoch: int, order: np.ndarray, part: int) -> Batch:
+        """Return consecutive rows of a batch."""
         step, part = divmod(part, self._parts)
-        rows = min(_ROWS, self._local_size - part * _ROWS)
-        first = step * self._batch_size + self._first_row + part * _ROWS
+        indices = self._indices(order, step)[part * _ROWS : (part + 1) * _ROWS]
         size, blank = self._data.image_size, self._blank_label
-        images = np.zeros((rows, size, size, 3), np.uint8)
-        labels = None if blank is None else np.full((rows, *blank.shape), blank)
-        where = np.zeros(rows, bool)
-        for row, index in enumerate(order[first : first + rows].tolist()):
-            example = self.source[index]
-            try:
-                images[row], label = self._transform(example, epoch, index)
-            except DecodeError:
-                if not self._data.skip_broken:
-                    raise
-                self.skipped[index] = example.name
-                continue
-            where[row] = True
-            if labels is not None:
-                labels[row] = label
+        images = np.empty((len(indices), size, size, 3), np.uint8)
+        labels = None if blank is None else np.empty((len(indices), *blank.shape), blank.dtype)
+        where = np.empty(len(indices), bool)
+        self.skipped |= self._rows.fill(images, labels, where, epoch, indices)
         return Batch(images, labels, where)
-
-    def _memory(self) -> np.ndarray:
-        """Return this thread's memory for the pixels of one image."""
-        if not hasattr(self._of_thread, "memory"):
-            self._of_thread.memory = np.empty(_MEMORY, np.uint8)
-        return self._of_thread.memory
-
-    def _transform(self, example: Example, epoch: int, index: int) -> tuple[np.ndarray, Label]:
-        image = example.image
-        if isinstance(image, bytes):
-            image = decode(image, example.name, self._memory(), **self._decoding)
-        rng = self._rng(epoch, 1 + index) if self._train else None
-        try:
-            image, label = self._task.transform(image, example.label, rng, self._data)
-            _check_label(label, self._blank_label)
-        except DecodeError:
-            raise
-        except ValueError as error:
-            raise ValueError(f"{example.name}: {error}") from error
-        return image, label
-
-    def _rng(self, epoch: int, stream: int) -> np.random.Generator:
-        """Return a generator of its own for the order (stream 0) and for each image of an epoch."""
-        return np.random.default_rng((self._seed, epoch, stream))
-
-
-def _check_label(label: Label, blank: Integer[np.ndarray, "..."] | None) -> None:
-    """Raise a ValueError unless a label has the shape and the kind of the blank one."""
-    if blank is None or (isinstance(label, int) and not blank.shape):
-        return
-    found = np.asarray(label)
-    if found.shape != blank.shape or not np.can_cast(found.dtype, blank.dtype, "same_kind"):
-        has = "no label" if label is None else f"a label of {found.dtype}{list(found.shape)}"
-        raise ValueError(f"it has {has}, and the task takes {blank.dtype}{list(blank.shape)}")
 
 
 def open_pipeline(config: ConfigDict, split: str, *, batch_size: int | None = None) -> Pipeline:
@@ -220,8 +232,9 @@ def open_pipeline(config: ConfigDict, split: str, *, batch_size: int | None = No
         FileNotFoundError: the images are not there.
         ValueError: the config does not fit them or itself.
     """
+    source = open_source(config.data, split)
     return Pipeline(
-        open_source(config.data, split),
+        source,
         TASKS[config.task](),
         config.data,
         batch_size=batch_size or config.batch_size,
@@ -230,4 +243,19 @@ def open_pipeline(config: ConfigDict, split: str, *, batch_size: int | None = No
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=config.data.threads,
+        processes=_processes(config.data.processes, len(source)),
     )
+
+
+def _processes(said: int | None, images: int) -> int:
+    """Return how many processes read a source, unless it is said.
+
+    One for every two cores, which it keeps busy, as far as the devices can ask for them. This one alone where
+    the devices are its cores, where cores are few, and where images are.
+    """
+    if said is not None:
+        return said
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if jax.local_devices()[0].platform == "cpu" or cores < 2 * _CORES_A_PROCESS or images < _FEW:
+        return 0
+    return min(cores // _CORES_A_PROCESS, _PROCESSES_A_DEVICE * jax.local_device_count())

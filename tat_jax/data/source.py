@@ -7,6 +7,7 @@ from jaxtyping import Integer, UInt8
 from ml_collections import ConfigDict
 
 SPLITS = ("train", "val")
+Label = int | Integer[np.ndarray, "..."] | None
 
 
 class Example(NamedTuple):

@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from tat_jax.batch import Batch
 from tat_jax.data import eval_resize
-from tat_jax.data.transforms import eval_transform, train_transform
+from tat_jax.data.crops import crop
 from tat_jax.networks.view import Outputs
-from tat_jax.tasks.task import Label, Task
+from tat_jax.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Classification(Task):
     """A label is an integer; images are transformed as torchvision's ImageNet reference does it."""
 
     titles: ClassVar[Mapping[str, str]] = {"top1": "top-1", "top5": "top-5"}
+    transform = staticmethod(crop)
 
     def blank_label(self, data: ConfigDict) -> Int[np.ndarray, ""]:
         """Return the integer 0."""
@@ -37,20 +38,6 @@ class Classification(Task):
         return (
             f"{super().preparation(data)} cut from a shorter side of {eval_resize(data)} (data.eval_resize)"
         )
-
-    def transform(
-        self,
-        image: UInt8[np.ndarray, "height width 3"],
-        label: Label,
-        rng: np.random.Generator | None,
-        data: ConfigDict,
-    ) -> tuple[UInt8[np.ndarray, "size size 3"], Label]:
-        """Crop at random and flip; in evaluation resize the shorter side and take the centre."""
-        if rng is None:
-            return eval_transform(image, resize=eval_resize(data), size=data.image_size), label
-        return train_transform(
-            image, rng, size=data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip
-        ), label
 
     def sizes(self, data: ConfigDict) -> dict[str, Any]:
         """Return the shorter side, to which images are resized, and the centre that is cut from it."""

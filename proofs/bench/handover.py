@@ -1,0 +1,47 @@
+"""Photographs whose decoding and resizing take no core, for how many a pipeline can hand over.
+
+Without JAX and PyTorch, for the processes that read import this.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from tat_jax.data.source import Example
+from tat_jax.data.transforms import random_resized_crop_box
+
+SIZE = 224
+SECONDS = 0.001  # that decoding and resizing an image take
+HEIGHT, WIDTH = 375, 500  # as most of ImageNet's have
+
+
+class Asleep:
+    """Files that are read, and a sleep in place of decoding and resizing, which any number share."""
+
+    num_classes = 1
+
+    def __init__(self, files: tuple[str, ...]):
+        self._files = files
+        self._image = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Example:
+        path = self._files[index]
+        with open(path, "rb", buffering=0) as file:
+            file.read()
+        time.sleep(SECONDS)
+        return Example(self._image, 0, path)
+
+
+def draw(
+    image: np.ndarray, label: Any, rng: np.random.Generator | None, data: ConfigDict
+) -> tuple[np.ndarray, Any]:
+    """Draw the crop that would be cut, and return the image as it is."""
+    if rng is not None:
+        random_resized_crop_box(HEIGHT, WIDTH, rng, data.crop_scale, data.crop_ratio)
+        rng.random()
+    return image, label
