@@ -1,7 +1,6 @@
 """This package's training step as a compiled program: what it takes and what its devices send."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -13,14 +12,9 @@ from ml_collections import ConfigDict
 from tat_jax import sharding
 from tat_jax.batch import Batch
 from tat_jax.build import build
+from tat_jax.compiled import collectives
 from tat_jax.distill import TrainState
 from tat_jax.step import jit_train_step
-
-_COLLECTIVE = re.compile(
-    r"= (.+?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)"
-    r"(?:-start)?\("
-)
-_SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 
 Arrays = Counter[tuple[int, ...]]  # how many there are of each shape
 
@@ -46,10 +40,9 @@ class CompiledStep(NamedTuple):
     def sent(self) -> tuple[int, Arrays]:
         """Return how many collective operations it has, and the arrays that they carry."""
         operations, arrays = 0, Counter[tuple[int, ...]]()
-        for line in self.program.as_text().splitlines():
-            if match := _COLLECTIVE.search(line):
-                operations += 1
-                arrays.update(key(map(int, filter(None, s.split(",")))) for s in _SHAPE.findall(match[1]))
+        for collective in collectives(self.program.as_text()):
+            operations += 1
+            arrays.update(key(array.shape) for array in collective.arrays)
         return operations, arrays
 
     def bytes_sent(self) -> tuple[int, int]:

@@ -1,34 +1,17 @@
 """All that a training needs, tried before it starts: a line for each item, and nothing is written."""
 
-import contextlib
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from absl import logging
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from tat_jax import inspection, networks, sharding, study, trial
+from tat_jax import inspection, networks, pods, sharding, study, trial
 from tat_jax.data import sample
+from tat_jax.items import Failed, Items
 from tat_jax.losses import Own
 from tat_jax.networks import OwnNetwork
-from tat_jax.quantities import duration
+from tat_jax.topology import Pod
 from tat_jax.weights import folders
-
-_COLUMN = 18  # where findings begin
-_BEAT = 10.0  # seconds from one sign of life to the next
-
-
-class _Failed(NamedTuple):
-    """Stands in for what an item would have found."""
-
-    item: str
 
 
 def run(
@@ -38,6 +21,8 @@ def run(
     student: OwnNetwork | None = None,
     teacher: OwnNetwork | None = None,
     losses: Own | None = None,
+    pod: Pod | None = None,
+    price: float | None = None,
 ) -> bool:
     """Check all that training `config` in `folder` needs, first steps included; of a study, every training.
 
@@ -50,12 +35,20 @@ def run(
         student: a network of your own instead of the config's, as in `train.run`.
         teacher: likewise.
         losses: further terms of the loss, as in `train.run`.
+        pod: of TPUs, for which the steps are compiled instead of being taken; no image is read.
+        price: US dollars an hour for one of its chips.
 
     Returns:
         Whether all items hold.
     """
+
+    def check(training: ConfigDict, folder: Path | None) -> bool:
+        if pod:
+            return _check_for_pod(training, pod, price, student, teacher, losses)
+        return _check(training, folder, student, teacher, losses)
+
     if "study" not in config:
-        return _check(config, Path(folder), student, teacher, losses)
+        return check(config, Path(folder))
     study.check(config)
     trainings = {name: of_seeds[0] for name, of_seeds in study.students_of(config, Path(folder)).items()}
     if of_teacher := study.teacher_of(config):
@@ -67,7 +60,7 @@ def run(
     for name, training in trainings.items():
         if jax.process_index() == 0:
             print(f"study, {name}:", flush=True)
-        hold.append(_check(training, None, student, teacher, losses))
+        hold.append(check(training, None))
     return all(hold)
 
 
@@ -79,7 +72,7 @@ def _check(
     losses: Own | None,
 ) -> bool:
     mesh = sharding.make_mesh()
-    items = _Items()
+    items = Items()
     checked = items.check("config", inspection.check_config, config, losses)
     if folder:
         items.check("folder", inspection.describe_folder, checked, folder)
@@ -89,7 +82,7 @@ def _check(
     eval_data = items.check("validation data", sample.open_data, config, "val")
     eval_sample = items.check("validation sample", sample.read_sample, config, eval_data, "val")
     # Weights can be read without the data; only the head depends on its classes.
-    classes = None if isinstance(train_data, _Failed) else train_data.source.num_classes
+    classes = None if isinstance(train_data, Failed) else train_data.source.num_classes
     learner = items.check("student", inspection.inspect_student, config, classes, student)
     master = items.check("teacher", inspection.inspect_teacher, config, classes, teacher, losses)
     measure = f"teacher's {inspection.title_of_measure(config)}"
@@ -106,70 +99,23 @@ def _check(
     return items.hold()
 
 
-@contextlib.contextmanager
-def _heartbeat(name: str) -> Iterator[None]:
-    """Say on stderr which item is at work, and for how long already, wherever one takes long."""
-    ended, since = threading.Event(), time.monotonic()
-
-    def beat() -> None:
-        while not ended.wait(_BEAT):
-            print(f"{name} … {duration(time.monotonic() - since)}", file=sys.stderr, flush=True)
-
-    if jax.process_index() > 0:
-        yield
-        return
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-class _Items:
-    """Check one item after the other in all processes alike; of the others only failures are printed."""
-
-    def __init__(self) -> None:
-        self._failed: list[str] = []
-
-    def check(self, name: str, find: Callable[..., tuple[str, Any]], *arguments: Any) -> Any:
-        """Print the finding of `find(*arguments)` and return what else it returns.
-
-        Where it fails, or one of the arguments is of an item that has, return a `_Failed`.
-        """
-        missing = [argument.item for argument in arguments if isinstance(argument, _Failed)]
-        if missing:
-            self._print(name, f"left out: needs {', '.join(missing)}")
-            return _Failed(name)
-        try:
-            with _heartbeat(name):
-                finding, found = find(*arguments)
-        except Exception as error:  # Whatever it is, it would have stopped the training.
-            logging.debug("in full:", exc_info=error)
-            # Of these the message says all; it may be little of others.
-            known = isinstance(error, ValueError | OSError | FloatingPointError | MemoryError)
-            kind = "" if known else f"{type(error).__name__}: "
-            finding, found = f"FAILED {kind}{error}", _Failed(name)
-            if jax.process_index() > 0:
-                print(f"process {jax.process_index()}: {name} {finding}", flush=True)
-        failed = isinstance(found, _Failed)
-        # A process that left an item out alone would keep the others waiting.
-        if jax.process_count() > 1:
-            somewhere = multihost_utils.process_allgather(np.array(failed)).any()
-            if somewhere and not failed:
-                finding, found, failed = "FAILED in another process", _Failed(name), True
-        self._print(name, finding)
-        if failed:
-            self._failed.append(name)
-        return found
-
-    def hold(self) -> bool:
-        """Print how it ended, and return whether nothing failed."""
-        wrong = f"{len(self._failed)} FAILED: {', '.join(self._failed)}"
-        self._print("check", wrong if self._failed else "all hold")
-        return not self._failed
-
-    def _print(self, name: str, finding: str) -> None:
-        if jax.process_index() == 0:
-            print(name.ljust(_COLUMN) + finding.replace("\n", "\n" + " " * _COLUMN), flush=True)
+def _check_for_pod(
+    config: ConfigDict,
+    pod: Pod,
+    price: float | None,
+    student: OwnNetwork | None,
+    teacher: OwnNetwork | None,
+    losses: Own | None,
+) -> bool:
+    items = Items()
+    checked = items.check("config", inspection.check_config, config, losses)
+    place = items.check("pod", pods.describe_pod, config, pod)
+    data = items.check("data", pods.find_data, config)
+    learner = items.check("student", pods.inspect_student, config, data, student)
+    master = items.check("teacher", pods.inspect_teacher, config, data, teacher, losses)
+    built = items.check("task", pods.build_training, checked, data, learner, master, losses)
+    step = items.check("training step", pods.compile_step, config, built, place)
+    evaluation = items.check("evaluation step", pods.compile_evaluation, config, built, place)
+    items.check("time", pods.reckon, config, place, data, step, evaluation, price)
+    items.check("largest batch", pods.find_largest_batch, config, built, place, data, step)
+    return items.hold()

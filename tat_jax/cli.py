@@ -36,6 +36,12 @@ _OWN = {
     )
     for which in ("student", "teacher")
 }
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    "With --mode check: a pod of TPUs, as v5e:8x8, for which the steps are compiled; it need not be there.",
+)
+_PRICE = flags.DEFINE_float("price", None, "With --topology: US$ an hour for a chip.", lower_bound=0.0)
 _OVERRIDES: list[overrides.Override] = []
 
 
@@ -71,14 +77,18 @@ def main(_: list[str]) -> None:
 
         from tat_jax import sharding
 
-        sharding.start_processes()
+        if _TOPOLOGY.value is None:
+            sharding.start_processes()
+        else:
+            jax.config.update("jax_platforms", "cpu")  # no accelerator of this machine is touched
         sharding.find_devices()
         processes = jax.process_count()
         if processes > 1:
             faulthandler.disable()  # JAX aborts the processes that outlive one, and says so
         if experiment.origin and jax.process_index() == 0:
             print(experiment.origin, file=sys.stderr)
-        _cache_programs()
+        if _TOPOLOGY.value is None:  # of devices that are not here JAX cannot read what it has kept
+            _cache_programs()
         _run(experiment)
     except signals.Interrupted as stopped:
         print(f"{stopped}; the same command continues from there", file=sys.stderr)
@@ -114,11 +124,25 @@ def parse_flags(arguments: list[str]) -> list[str]:
             raise ValueError(
                 "--checkpoint is for --mode eval; a training starts from --config.student.weights=FOLDER"
             )
+        _check_topology()
     except flags.UnrecognizedFlagError as error:
         sys.exit(f"error: {_unknown_flag(error)}")
     except (flags.Error, ValueError, ImportError) as error:
         sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()}")
     return arguments[:1]
+
+
+def _check_topology() -> None:
+    """Raise a ValueError where the flags of a pod cannot be meant."""
+    if _TOPOLOGY.value is None:
+        if _PRICE.value is not None:
+            raise ValueError("--price is that of a chip of --topology, which is not given")
+        return
+    if _MODE.value != "check":
+        raise ValueError("--topology is for --mode check; a training on a pod is started on its hosts")
+    from tat_jax import topology
+
+    topology.check_name(_TOPOLOGY.value)
 
 
 def read_experiment() -> Experiment:
@@ -200,7 +224,7 @@ def _check_may_be_demo(folder: Path) -> None:
 def _run(experiment: Experiment) -> None:
     import jax
 
-    from tat_jax import check, evaluate, study, train
+    from tat_jax import check, evaluate, study, topology, train
 
     config, folder, _ = experiment
     student, teacher = (
@@ -211,7 +235,8 @@ def _run(experiment: Experiment) -> None:
     if _MODE.value == "eval":
         print(evaluate.run(config, folder, _checkpoint(), student=student))
     elif _MODE.value == "check":
-        if not check.run(config, folder, student=student, teacher=teacher):
+        pod = None if _TOPOLOGY.value is None else topology.find(_TOPOLOGY.value)
+        if not check.run(config, folder, student=student, teacher=teacher, pod=pod, price=_PRICE.value):
             sys.exit(1)
     else:
         if "study" in config:

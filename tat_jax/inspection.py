@@ -185,14 +185,19 @@ def build_training(
         teacher=teacher,
         losses=losses,
     )
-    terms = " + ".join(map(str, built.terms))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(built.state.params))
-    lines = [f"{terms}; {config.optimizer.name} trains {parameters:,} parameters"]
+    lines = [describe_training(config, built)]
     if folder:
         now = provenance.provenance_of(class_names(data.source), built.teacher)
         changed = provenance.changes(read_provenance(folder), now, folder)
         lines += [f"changed: {line}" for line in changed]
     return "\n".join(lines), built
+
+
+def describe_training(config: ConfigDict, built: Built) -> str:
+    """Say what is trained, and by which losses."""
+    terms = " + ".join(map(str, built.terms))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(built.state.params))
+    return f"{terms}; {config.optimizer.name} trains {parameters:,} parameters"
 
 
 def describe_taps(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from tat_jax import check, networks, quantities, train, trial
+from tat_jax import check, items, networks, quantities, train, trial
 from tat_jax.configs import base
 from tat_jax.data import sample
 from tat_jax.data.pipeline import Pipeline
@@ -441,7 +441,7 @@ def test_a_step_that_would_take_too_long_is_reckoned_from_the_first_look(find, m
 
 
 def test_an_item_that_takes_long_gives_signs_of_life(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(check, "_BEAT", 0.05)
+    monkeypatch.setattr(items, "_BEAT", 0.05)
     assert check.run(config_of(), tmp_path / "run", student=tiny(4), teacher=tiny(8))
     assert re.search(r"^memory … 0 s$", capsys.readouterr().err, re.MULTILINE)
 

@@ -77,6 +77,16 @@ def write_run(folder, **changes):
         (["--config", "--workdir", "x"], "'x'"),
         (["--config=base"], "no config 'base'"),
         (["--confg=r18_r34"], "Unknown command line flag 'confg'"),
+        (
+            ["--topology=v5e:8x8"],
+            "--topology is for --mode check; a training on a pod is started on its hosts",
+        ),
+        (
+            ["--mode=check", "--topology=v5e-64"],
+            "--topology=v5e-64 is no pod of TPUs: it must be a kind of chip",
+        ),
+        (["--mode=check", "--price=1.2"], "--price is that of a chip of --topology, which is not given"),
+        (["--mode=check", "--topology=v5e:8x8", "--price=-1"], "price"),
         (["--learning_rate=1"], "did you mean --config.optimizer.learning_rate?"),
         (["--batch_sise=1"], "did you mean --config.batch_size?"),
         (["--mode=evl"], "value should be one of <train|eval|check>"),
