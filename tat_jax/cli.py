@@ -145,7 +145,7 @@ def read_experiment() -> Experiment:
             config = config_files.load(config_files.DEMO)
             origin = f"without --config: the demonstration, {config_files.DEMO}"
     overrides.apply(config, _OVERRIDES, experiment.FIELDS)
-    config_files.expand_home(config)
+    config_files.expand_paths(config)
     return Experiment(config, folder, origin)
 
 

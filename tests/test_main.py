@@ -87,6 +87,7 @@ def write_run(folder, **changes):
         (["--workdir=gs://bucket/run"], "gs://bucket/run is not on a disk of this machine; mount a bucket"),
         (["--mode=check", "--workdir=gs:/bucket/run"], "gs:/bucket/run is not on a disk of this machine"),
         (["--workdir=~nobody-of-this-name"], "there is no such home folder"),
+        (["--workdir=$NOT_SET_ANYWHERE/run"], "$NOT_SET_ANYWHERE/run: $NOT_SET_ANYWHERE is not set"),
         (["--checkpoint=last"], "--checkpoint is for --mode eval"),
         (["--mode=eval", "--checkpoint="], "there is no such folder; best, last, weights or a run is taken"),
         (
