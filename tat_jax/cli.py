@@ -10,7 +10,8 @@ from typing import NamedTuple, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from tat_jax import config_files, failures, outputs, overrides, paths, signals
+from tat_jax import buckets, config_files, failures, outputs, overrides, paths, signals
+from tat_jax.buckets import Bucket, Place
 
 _CONFIG = flags.DEFINE_string(
     "config",
@@ -168,25 +169,30 @@ def _checkpoint() -> str:
     which = _CHECKPOINT.value
     if which in folders.CHOICES:
         return which
-    if not which or not paths.local(which).exists():
+    place = buckets.place(paths.expand(which)) if which else None
+    if place is None or (isinstance(place, Path) and not place.exists()):
         raise ValueError(
             f"--checkpoint={which}: there is no such folder; best, last, weights or a run is taken"
         )
-    return str(paths.local(which))
+    return str(place)
 
 
-def _run_of(folder: Path) -> Path:
+def _run_of(folder: Path) -> Place:
     """Return the folder whose config counts: of an evaluation of a checkpoint alone, that of its run."""
     from tat_jax.weights import folders
 
     if _MODE.value != "eval" or _WORKDIR.value is not None or _checkpoint() in folders.CHOICES:
         return folder
-    place = Path(_checkpoint()).absolute()
-    return place.parents[1] if place.parent.name == "checkpoints" else Path(_checkpoint())
+    place = buckets.place(_checkpoint())
+    if isinstance(place, Path) and place.absolute().parent.name == "checkpoints":
+        return place.absolute().parents[1]
+    return place
 
 
-def _check_may_be_demo(folder: Path) -> None:
+def _check_may_be_demo(folder: Place) -> None:
     """Raise a ValueError where the demonstration can hardly be meant: there is no run, or something else."""
+    if isinstance(folder, Bucket):
+        raise ValueError(f"no run in {folder}: name a config with --config")
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if _MODE.value == "eval":
         within = f", but of a study, {', '.join(there)}" if "teacher" in there else ""

@@ -1,17 +1,24 @@
-"""Paths as they are typed: `~` is the home folder, `$NAME` a variable, and a bucket is no folder."""
+"""Paths as they are typed: `~` is the home folder, `$NAME` a variable, gs:// and s3:// lead into buckets."""
 
 import os
 import re
 from pathlib import Path
 
 _ADDRESS = re.compile(r"[A-Za-z][\w+.-]+:/")
+_IN_BUCKET = re.compile(r"(gs|s3)://[^/?#\s]+")
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 LOCAL = "on a disk of this machine; mount a bucket first, as gcsfuse does, and name where it lies"
+ANYWHERE = "on a disk of this machine, or in a bucket, as gs://bucket/folder or s3://bucket/folder"
 
 
 def is_address(text: str) -> bool:
     """Return whether a path is an address of any kind, as gs://bucket/run and file:///run are."""
     return _ADDRESS.match(text) is not None
+
+
+def is_in_bucket(text: str) -> bool:
+    """Return whether a path leads into a bucket of a kind that can be reached."""
+    return _IN_BUCKET.match(text) is not None
 
 
 def expand(text: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from tat_jax.buckets import Bucket, Place
 from tat_jax.fields import Field, Fields, defaults, find
 from tat_jax.losses import kd_weights
 
@@ -150,18 +151,24 @@ def _may_change(field: Field | None, before: Any, after: Any) -> bool:
     return may_change if isinstance(may_change, bool) else may_change(before, after)
 
 
-def read_config(folder: Path, fields: Fields) -> ConfigDict | None:
+def read_config(folder: Place, fields: Fields) -> ConfigDict | None:
     """Return the config with which the run in a folder was trained last; None where there is none.
 
     Raises:
         ValueError: it is damaged.
     """
     path = folder / "config.json"
-    if not path.exists():
+    try:
+        text = (
+            folder.read("config.json")
+            if isinstance(folder, Bucket)
+            else (folder / "config.json").read_bytes()
+        )
+    except FileNotFoundError:
         return None
     config = defaults(fields)
     try:
-        said = json.loads(path.read_text())
+        said = json.loads(text)
         with config.ignore_type():  # None stands for values of any type
             config.update(said if "losses" in said else _with_losses(said))
     except (ValueError, AttributeError, KeyError, TypeError):

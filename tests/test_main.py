@@ -94,7 +94,10 @@ def write_run(folder, **changes):
             ["--mode=eval", "--checkpoint=bset"],
             "--checkpoint=bset: there is no such folder; best, last, weights or a run is taken",
         ),
-        (["--mode=eval", "--checkpoint=s3://bucket/run"], "s3://bucket/run is not on a disk of this machine"),
+        (
+            ["--mode=eval", "--checkpoint=hdfs://bucket/run"],
+            "hdfs://bucket/run is not on a disk of this machine",
+        ),
         (["--mode=eval", "--workdir=runs/none"], "no run in runs/none: name one with --workdir"),
         (["--mode=eval", "--checkpoint=folder"], "no run in folder: name one with --workdir"),
         (["--flagfile=nothing"], "nothing"),
