@@ -51,6 +51,9 @@ class Bucket:
     def __str__(self) -> str:
         return self.url
 
+    def __getstate__(self) -> dict[str, str]:
+        return {"url": self.url}  # a client belongs to its process
+
     def __truediv__(self, name: str) -> "Bucket":
         return Bucket(f"{self.url}/{name}")
 

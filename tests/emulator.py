@@ -6,6 +6,7 @@ is shown of gs:// is that the client's requests in Google's dialect do what they
 
 import hashlib
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from werkzeug.serving import make_server
 
 BUCKET = "bucket"
 _AUTHORIZATION = "AWS4-HMAC-SHA256 Credential=key/20260101/us-east-1/s3/aws4_request, Signature=0"
+_JSON_MEDIA = re.compile(r"/storage/v1/b/([^/]+)/o/(.+)")
 _ERROR = "<?xml version='1.0'?><Error><Code>{0}</Code><Message>{0}</Message></Error>"
 
 
@@ -61,6 +63,7 @@ class Emulator:
             "AWS_SECRET_ACCESS_KEY": "secret",
             "AWS_REGION": "us-east-1",
             "GOOGLE_BASE_URL": url,
+            "CLOUD_STORAGE_EMULATOR_ENDPOINT": url,
             "GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(
                 {"disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""}
             ),
@@ -113,13 +116,16 @@ class Emulator:
                 body = _ERROR.format(code).encode()
                 start(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
                 return iter([body])
+        if match := _JSON_MEDIA.fullmatch(environ["PATH_INFO"]):  # as array_record reads
+            environ["PATH_INFO"] = environ["RAW_URI"] = environ["REQUEST_URI"] = f"/{match[1]}/{match[2]}"
+            environ["QUERY_STRING"] = ""
         if not environ.get("HTTP_AUTHORIZATION", "").startswith("AWS4"):
             environ["HTTP_AUTHORIZATION"] = _AUTHORIZATION
-        match = environ.pop("HTTP_X_GOOG_IF_GENERATION_MATCH", None)
-        if match == "0":
+        generation = environ.pop("HTTP_X_GOOG_IF_GENERATION_MATCH", None)
+        if generation == "0":
             environ["HTTP_IF_NONE_MATCH"] = "*"
-        elif match is not None:
-            environ["HTTP_IF_MATCH"] = self._etags.get(match, '"another"')
+        elif generation is not None:
+            environ["HTTP_IF_MATCH"] = self._etags.get(generation, '"another"')
 
         def answer(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
             for etag in [value for name, value in headers if name.lower() == "etag"]:

@@ -6,9 +6,11 @@ import pytest
 
 from tat_jax import networks
 from tat_jax.buckets import Bucket, place
+from tat_jax.data.image_folder import ImageFolder
 from tat_jax.export import export
 from tat_jax.weights import store
 from tests.emulator import Faults
+from tests.images import encode, photograph
 from tests.test_checkpoints import save, state_of
 from tests.test_store import tiny, written
 from tests.tiny import Tiny
@@ -175,3 +177,56 @@ def test_a_student_is_handed_on_from_a_bucket(bucket, emulator, run, tmp_path):
     exported = export(bucket, tmp_path / "w.safetensors", "last", student=build)
     assert exported.folder == f"{bucket}/checkpoints/3"
     assert (tmp_path / "w.safetensors").exists()
+
+
+# Images
+
+
+def pictures(emulator, *names):
+    """Put images of those names into the bucket, and return their bytes by name."""
+    files = {name: encode(photograph(12, 16, seed=i)) for i, name in enumerate(names)}
+    for name, data in files.items():
+        emulator.write(f"runs/a/{name}", data)
+    return files
+
+
+def test_images_in_a_bucket_are_those_of_a_folder_in_its_order(bucket, emulator, tmp_path):
+    names = ("b/2.jpg", "b/10.jpg", "a b/é.JPEG", "a b/deep/1.png", "a b/deep-er/1.png", "a b/z#1 50%.jpg")
+    files = pictures(emulator, *(f"train/{name}" for name in names), "val/b/1.jpg", "val/b/notes.txt")
+    pictures(emulator, "train/.hidden/1.jpg", "train/b/.2.jpg")
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    for split in ("train", "val"):
+        ours, theirs = ImageFolder(str(bucket), split), ImageFolder(tmp_path, split)
+        assert ours.classes == theirs.classes == ["a b", "b"]
+        assert len(ours) == len(theirs)
+        for i in range(len(ours)):
+            assert ours[i].name == theirs[i].name.replace(str(tmp_path), str(bucket))
+            assert ours[i][:2] == theirs[i][:2]
+    assert ours.notes == theirs.notes
+    assert "names that begin with a dot (2)" in ImageFolder(str(bucket), "train").notes[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "answer"),
+    [
+        ((), "train", "no folders in {}/train; images belong in {}/train/<class>/"),
+        (("train/a/1.jpg",), "val", "no folders in {}/val; images belong in"),
+        (("train/a/1.jpg", "train/b/1.txt"), "train", "no images in {}/train/b "),
+        (("train/a/1.jpg", "val/b/1.jpg"), "val", "{}/val has classes that train lacks: b"),
+    ],
+)
+def test_what_is_no_folder_of_images_in_a_bucket_is_told(names, split, answer, bucket, emulator):
+    pictures(emulator, *names)
+    with pytest.raises((ValueError, FileNotFoundError), match=answer.format(bucket, bucket)):
+        ImageFolder(str(bucket), split)
+
+
+def test_an_image_that_cannot_be_reached_is_named(bucket, emulator, monkeypatch):
+    monkeypatch.setattr("tat_jax.buckets._RETRIES", {"max_retries": 0})
+    pictures(emulator, "train/a/1.jpg")
+    source = ImageFolder(str(bucket), "train")
+    emulator.faults = Faults(lambda *_: True)
+    with pytest.raises(OSError, match=f"^{bucket}/train/a/1.jpg cannot be reached: 503 Service Unavailable$"):
+        source[0]

@@ -113,19 +113,14 @@ def test_an_unknown_field_that_is_like_none_comes_with_those_there_are():
         experiment.check(changed("optimizer.lr", 0.1))
 
 
-@pytest.mark.parametrize("name", ["student.weights", "teacher.weights"])
-def test_weights_may_lie_in_a_bucket(name):
+@pytest.mark.parametrize("name", ["data.root", "student.weights", "teacher.weights"])
+def test_images_and_weights_may_lie_in_a_bucket(name):
     experiment.check(changed(name, "gs://bucket/x"))
     experiment.check(changed(name, "s3://bucket/x"))
 
 
-@pytest.mark.parametrize(
-    ("name", "address"),
-    [
-        *[("data.root", address) for address in ("gs://bucket/x", "s3://bucket/x", "hdfs:/x")],
-        *[("student.weights", address) for address in ("hdfs:/x", "file:///x", "gs:/x", "gs://", "az://x/y")],
-    ],
-)
+@pytest.mark.parametrize("name", ["data.root", "student.weights", "teacher.weights"])
+@pytest.mark.parametrize("address", ["hdfs:/x", "file:///x", "gs:/x", "gs://", "az://x/y"])
 def test_an_address_of_another_kind_is_no_folder(name, address):
     with pytest.raises(
         ValueError, match=f"{name}='{address}': allowed is a folder on a disk of this machine"

@@ -78,7 +78,7 @@ def test_a_field_that_may_be_none_is_unset(name, nothing):
         ("losses.kd.weight=None", "a number from 0 on, or a schedule"),
         ("student.weights=None", "a folder on a disk of this machine, or in a bucket, as gs://bucket/folder"),
         ("data.root=", "a folder on a disk"),
-        ("data.root=gs://bucket/images", "a folder on a disk of this machine; mount a bucket first"),
+        ("data.root=gs:/bucket/images", "a folder on a disk of this machine, or in a bucket"),
         ("student.weights=s3:/bucket/run", "a folder on a disk of this machine, or in a bucket"),
         ("teacher.weights=hdfs:/run", "a folder on a disk of this machine, or in a bucket"),
         ("data.flip=maybe", "True or False"),

@@ -15,7 +15,7 @@ from jaxtyping import DTypeLike
 from ml_collections import ConfigDict
 
 from tat_jax.buckets import Bucket, Place, place
-from tat_jax.fields import FOLDER_ANYWHERE, Field, Fields, Rule, numbers, or_none, whole
+from tat_jax.fields import FOLDER, Field, Fields, Rule, numbers, or_none, whole
 from tat_jax.networks.architecture import Architecture
 from tat_jax.networks.view import MEAN, STD, View
 from tat_jax.weights import folders, remote, store
@@ -49,7 +49,7 @@ FIELDS: Fields = {
         Rule(" or ".join(map(repr, ARCHITECTURES)), lambda value: value in list(ARCHITECTURES)),
         "of the network",
     ),
-    "weights": Field(RANDOM, FOLDER_ANYWHERE, "a folder of converted weights, a run, or 'random'"),
+    "weights": Field(RANDOM, FOLDER, "a folder of converted weights, a run, or 'random'"),
     **_OF_FAMILIES,
     **_OF_VIEW,
 }
