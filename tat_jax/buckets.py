@@ -24,7 +24,7 @@ _ENDPOINTS = ("GOOGLE_BASE_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS
 _AT_ONCE = 16  # requests
 _PART = 16 * 2**20  # bytes of a request that reads, so that each one ends in time
 _TIMES = {"timeout": timedelta(seconds=30), "connect_timeout": timedelta(seconds=5)}
-_RETRIES = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
+_RETRIES = {"max_retries": 10, "retry_timeout": timedelta(seconds=30)}
 
 Stamp: TypeAlias = Mapping[str, str]  # of one version of an object
 
@@ -39,7 +39,7 @@ class Entry(NamedTuple):
 class Bucket:
     """A folder in a bucket, named as gs://bucket/folder or s3://bucket/folder.
 
-    Where a request fails it is sent again, for up to a minute; what fails then is an OSError in a line.
+    Where a request fails it is sent again, for half a minute; what fails then is an OSError in a line.
 
     Args:
         url: of the folder.

@@ -5,7 +5,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from tat_jax import inspection, networks, sharding, study, trial
+from tat_jax.buckets import Place, place
 from tat_jax.data import sample
 from tat_jax.losses import Own
 from tat_jax.networks import OwnNetwork
@@ -33,7 +33,7 @@ class _Failed(NamedTuple):
 
 def run(
     config: ConfigDict,
-    folder: str | Path,
+    folder: str | Place,
     *,
     student: OwnNetwork | None = None,
     teacher: OwnNetwork | None = None,
@@ -46,7 +46,7 @@ def run(
 
     Args:
         config: as the functions in `configs/` return it.
-        folder: of the run; of a study only its teacher's is looked at.
+        folder: of the run, on this machine or in a bucket; of a study only its teacher's is looked at.
         student: a network of your own instead of the config's, as in `train.run`.
         teacher: likewise.
         losses: further terms of the loss, as in `train.run`.
@@ -55,12 +55,13 @@ def run(
         Whether all items hold.
     """
     if "study" not in config:
-        return _check(config, Path(folder), student, teacher, losses)
+        return _check(config, place(folder), student, teacher, losses)
     study.check(config)
-    trainings = {name: of_seeds[0] for name, of_seeds in study.students_of(config, Path(folder)).items()}
+    here = study.folder_of(folder)
+    trainings = {name: of_seeds[0] for name, of_seeds in study.students_of(config, here).items()}
     if of_teacher := study.teacher_of(config):
         trainings = {"teacher": of_teacher, **trainings}
-        if not folders.steps(Path(folder) / "teacher"):  # it is yet to be trained
+        if not folders.steps(here / "teacher"):  # it is yet to be trained
             for training in trainings.values():
                 training.teacher.weights = networks.RANDOM
     hold = []
@@ -73,7 +74,7 @@ def run(
 
 def _check(
     config: ConfigDict,
-    folder: Path | None,
+    folder: Place | None,
     student: OwnNetwork | None,
     teacher: OwnNetwork | None,
     losses: Own | None,

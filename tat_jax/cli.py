@@ -19,7 +19,11 @@ _CONFIG = flags.DEFINE_string(
     "The experiment: a name as r18_r34, a file as configs/r18_r34.py, or a YAML of the published code; "
     ":smoke after it is its miniature. By default that of the run in --workdir, else a demonstration.",
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; runs/<name of the config> if not given.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder of the run, on a disk or in a bucket, gs:// or s3://; runs/<name of the config> if not given.",
+)
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
@@ -50,7 +54,7 @@ class Experiment(NamedTuple):
     """
 
     config: ConfigDict
-    folder: Path
+    folder: Place
     origin: str
 
 
@@ -150,14 +154,14 @@ def read_experiment() -> Experiment:
     return Experiment(config, folder, origin)
 
 
-def _folder() -> Path:
+def _folder() -> Place:
     """Return the run's folder: that of the flag, or one of the config's name."""
     if _WORKDIR.value is None:
         return Path("runs") / config_files.name(_CONFIG.value or config_files.DEMO)
     if not _WORKDIR.value:
         raise ValueError("--workdir is empty; it names the folder of the run")
-    folder = paths.local(_WORKDIR.value)
-    if folder.exists() and not folder.is_dir():
+    folder = buckets.place(paths.expand(_WORKDIR.value))
+    if isinstance(folder, Path) and folder.exists() and not folder.is_dir():
         raise ValueError(f"--workdir={folder} is a file, and must be the folder of the run")
     return folder
 
@@ -177,7 +181,7 @@ def _checkpoint() -> str:
     return str(place)
 
 
-def _run_of(folder: Path) -> Place:
+def _run_of(folder: Place) -> Place:
     """Return the folder whose config counts: of an evaluation of a checkpoint alone, that of its run."""
     from tat_jax.weights import folders
 

@@ -98,7 +98,7 @@ def _remove_remade(folder: Path) -> None:
         time.sleep(0.2)
 
 
-def changes(config: ConfigDict, folder: Path, fields: Fields) -> list[str]:
+def changes(config: ConfigDict, folder: Place, fields: Fields) -> list[str]:
     """Return how the config differs from the one that lies in the run's folder, a line each.
 
     Raises:

@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tat_jax import evaluate, experiment, pictures, train
+from tat_jax.buckets import Bucket, Place, place
 from tat_jax.build import all_terms
 from tat_jax.fields import Field, Fields, Rule, whole, wrong
 from tat_jax.metrics import read_rows
@@ -57,7 +58,7 @@ FIELDS: Fields = {
 }
 
 
-def run(config: ConfigDict, folder: str | Path) -> str:
+def run(config: ConfigDict, folder: str | Place) -> str:
     """Train the teacher and every student of `config.study` below `folder`, and return the table.
 
     A student's measure is that after its last epoch, so that no run is chosen by the images that it is judged
@@ -72,7 +73,7 @@ def run(config: ConfigDict, folder: str | Path) -> str:
         ValueError: a run cannot be made; it is named. Nothing is written before all configs are known to be
             right.
     """
-    folder = Path(folder)
+    folder = folder_of(folder)
     check(config)
     teacher, students = teacher_of(config), students_of(config, folder)
     for name, trainings in {_TEACHER: [teacher] if teacher else [], **students}.items():
@@ -89,6 +90,18 @@ def run(config: ConfigDict, folder: str | Path) -> str:
         (folder / "table.txt").write_text(f"{table}\n")
         pictures.plot_study(rows, of_teacher, folder / "curves.png", task)
     return f"\n{table}\n"
+
+
+def folder_of(named: str | Place) -> Path:
+    """Return the folder of a study.
+
+    Raises:
+        ValueError: it is in a bucket, where only a run can be.
+    """
+    folder = place(named)
+    if isinstance(folder, Bucket):
+        raise ValueError(f"{folder}: a study is kept on a disk; each of its runs alone may lie in a bucket")
+    return folder
 
 
 def check(config: ConfigDict) -> None:

@@ -13,14 +13,18 @@ T = TypeVar("T")
 # Written last of a checkpoint that is copied into a bucket, and deleted first: what lacks it is not whole.
 MARK = "_CHECKPOINT_METADATA"
 _OF_STEP = re.compile(r"checkpoints/(\d+)/(.+)")
-_OF_NETWORK = re.compile(r"(checkpoints/\d+/)?((student|network|data|metrics)/.+|_[^/]+)")
+_OF_NETWORK = ("student", "network", "data", "metrics")
 
 
 @contextlib.contextmanager
-def at_hand(place: Place) -> Iterator[Path]:
+def at_hand(place: Place, items: tuple[str, ...] = _OF_NETWORK) -> Iterator[Path]:
     """Yield a folder that holds what is read of a network, or of those of a run: itself, or a copy for now.
 
     Errors that name the copy are told of the bucket.
+
+    Args:
+        place: the folder.
+        items: of each checkpoint that are read.
 
     Raises:
         FileNotFoundError: there is nothing of the kind in the bucket.
@@ -29,7 +33,8 @@ def at_hand(place: Place) -> Iterator[Path]:
     if not isinstance(place, Bucket):
         yield place
         return
-    found = {name: entry for name, entry in whole(place.objects()).items() if _OF_NETWORK.fullmatch(name)}
+    wanted = re.compile(rf"(checkpoints/\d+/)?(({'|'.join(items)})/.+|_[^/]+)")
+    found = {name: entry for name, entry in whole(place.objects()).items() if wanted.fullmatch(name)}
     if not found:
         raise FileNotFoundError(f"there are no weights and no run in {place}")
     with tempfile.TemporaryDirectory(prefix="tat_jax_") as folder:
