@@ -7,11 +7,11 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from tat_jax import paths
 
@@ -26,6 +26,7 @@ _PART = 16 * 2**20  # bytes of a request that reads, so that each one ends in ti
 _TIMES = {"timeout": timedelta(seconds=30), "connect_timeout": timedelta(seconds=5)}
 _RETRIES = {"max_retries": 10, "retry_timeout": timedelta(seconds=30)}
 
+T = TypeVar("T")
 Stamp: TypeAlias = Mapping[str, str]  # of one version of an object
 
 
@@ -152,9 +153,7 @@ class Bucket:
                 opened.seek(start)
                 opened.write(data)
 
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for _ in pool.map(fetch_part, parts):
-                pass
+        side_by_side(fetch_part, parts)
 
     @contextlib.contextmanager
     def _telling(self, name: str = "") -> Iterator[None]:
@@ -200,6 +199,16 @@ def read(folder: Place, name: str) -> bytes:
         FileNotFoundError: there is none.
     """
     return folder.read(name) if isinstance(folder, Bucket) else (folder / name).read_bytes()
+
+
+def side_by_side(function: Callable[[T], object], arguments: Sequence[T]) -> None:
+    """Call a function with each of many arguments, some at once; the first error ends it all."""
+    pool = ThreadPoolExecutor(_AT_ONCE)
+    try:
+        for _ in pool.map(function, arguments):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _obstore(url: str) -> Any:

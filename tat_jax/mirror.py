@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self, TypeAlias
@@ -23,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from tat_jax import bucket_lock, paths
 from tat_jax.bucket_lock import BucketLock, LostError
-from tat_jax.buckets import Bucket, Place
+from tat_jax.buckets import Bucket, Place, side_by_side
 from tat_jax.run_folder import only_run
 from tat_jax.signals import Interrupted
 from tat_jax.weights.remote import MARK, step_of, whole
@@ -31,7 +30,6 @@ from tat_jax.weights.remote import MARK, step_of, whole
 _LOOK = 2.0  # seconds from one look for new checkpoints to the next
 _ROWS = 60.0  # seconds after which rows without a checkpoint are copied
 _PATIENCE = 600.0  # seconds without an answer of the bucket, after which the run ends
-_AT_ONCE = 8  # files that are copied
 _STAYS = ("events", "damaged/", bucket_lock.NAME)  # what a run that continues has no need of
 
 State: TypeAlias = tuple[int, int]  # of a file: its bytes, and when they were written
@@ -99,7 +97,8 @@ class Mirror:
         self._writes = jax.process_index() == 0
         self._sent: dict[str, State] = {}
         self._failure: Exception | None = None
-        self._heard = self._copied = time.monotonic()
+        self._fails_since = float("inf")
+        self._copied = time.monotonic()
         self._ended = threading.Event()
         self._copying = threading.Thread(target=self._copy_again, daemon=True)
         self._open = contextlib.ExitStack()
@@ -139,7 +138,7 @@ class Mirror:
             raise self._failure
 
     def _is_final(self, failure: Exception) -> bool:
-        return isinstance(failure, LostError) or time.monotonic() - self._heard > _PATIENCE
+        return isinstance(failure, LostError) or time.monotonic() - self._fails_since > _PATIENCE
 
     def _fetch(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -163,7 +162,12 @@ class Mirror:
             except Exception as failure:  # whatever it is, the run is to know of it
                 if self._failure is None:
                     print(f"{failure}; the run goes on, and copies again", file=sys.stderr)
-                self._failure = failure
+                self._note(failure)
+
+    def _note(self, failure: Exception | None) -> None:
+        """Note that copying failed, or that it did not."""
+        self._failure = failure
+        self._fails_since = min(self._fails_since, time.monotonic()) if failure else float("inf")
 
     def _copy_to_the_end(self, *, patient: bool) -> None:
         """Copy what is left, and try for ten minutes if `patient`.
@@ -176,6 +180,7 @@ class Mirror:
             try:
                 return self._copy()
             except OSError as failure:
+                self._note(failure)
                 if not patient or self._is_final(failure):
                     raise
                 time.sleep(_LOOK)
@@ -195,8 +200,8 @@ class Mirror:
             files, [name for name in of_checkpoints if name.endswith(MARK) and step_of(name) not in lost]
         )
         self._delete(sorted(gone, key=lambda name: not name.endswith(MARK)))
-        self._failure, self._heard = None, time.monotonic()
-        self._copied = self._heard
+        self._note(None)
+        self._copied = time.monotonic()
 
     def _write(self, files: dict[str, State], names: list[str]) -> set[int | None]:
         """Copy files, and return the steps of those that are gone meanwhile, as Orbax removes old ones."""
@@ -214,9 +219,7 @@ class Mirror:
             else:
                 self._sent[name] = files[name]
 
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for _ in pool.map(write, names):
-                pass
+        side_by_side(write, names)
         return lost
 
     def _delete(self, names: Iterable[str]) -> None:
