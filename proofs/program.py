@@ -114,7 +114,7 @@ class Program:
         raise TimeoutError(f"it hangs before {what}:\n{self.output[-3000:]}")
 
 
-def main_command(config: str, folder: Path, *options: str) -> list[str]:
+def main_command(config: str, folder: str | Path, *options: str) -> list[str]:
     """Return the command that runs `main.py` in a folder with one of `configs/`."""
     main = [sys.executable, str(ROOT / "main.py")]
     return [*main, f"--config={ROOT / 'configs' / config}", f"--workdir={folder}", *options]

@@ -1,11 +1,10 @@
 """All that a training needs, tried before it starts: a line for each item, and nothing is written."""
 
-from pathlib import Path
-
 import jax
 from ml_collections import ConfigDict
 
 from tat_jax import inspection, networks, pods, sharding, study, trial
+from tat_jax.buckets import Place, place
 from tat_jax.data import sample
 from tat_jax.items import Failed, Items
 from tat_jax.losses import Own
@@ -16,7 +15,7 @@ from tat_jax.weights import folders
 
 def run(
     config: ConfigDict,
-    folder: str | Path,
+    folder: str | Place,
     *,
     student: OwnNetwork | None = None,
     teacher: OwnNetwork | None = None,
@@ -31,7 +30,7 @@ def run(
 
     Args:
         config: as the functions in `configs/` return it.
-        folder: of the run; of a study only its teacher's is looked at.
+        folder: of the run, on this machine or in a bucket; of a study only its teacher's is looked at.
         student: a network of your own instead of the config's, as in `train.run`.
         teacher: likewise.
         losses: further terms of the loss, as in `train.run`.
@@ -42,18 +41,19 @@ def run(
         Whether all items hold.
     """
 
-    def check(training: ConfigDict, folder: Path | None) -> bool:
+    def check(training: ConfigDict, folder: Place | None) -> bool:
         if pod:
             return _check_for_pod(training, pod, price, student, teacher, losses)
         return _check(training, folder, student, teacher, losses)
 
     if "study" not in config:
-        return check(config, Path(folder))
+        return check(config, place(folder))
     study.check(config)
-    trainings = {name: of_seeds[0] for name, of_seeds in study.students_of(config, Path(folder)).items()}
+    here = study.folder_of(folder)
+    trainings = {name: of_seeds[0] for name, of_seeds in study.students_of(config, here).items()}
     if of_teacher := study.teacher_of(config):
         trainings = {"teacher": of_teacher, **trainings}
-        if not folders.steps(Path(folder) / "teacher"):  # it is yet to be trained
+        if not folders.steps(here / "teacher"):  # it is yet to be trained
             for training in trainings.values():
                 training.teacher.weights = networks.RANDOM
     hold = []
@@ -66,7 +66,7 @@ def run(
 
 def _check(
     config: ConfigDict,
-    folder: Path | None,
+    folder: Place | None,
     student: OwnNetwork | None,
     teacher: OwnNetwork | None,
     losses: Own | None,

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple, Self
@@ -22,6 +22,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from tat_jax import checkpoint_layout
 from tat_jax.distill import TrainState
 from tat_jax.weights import folders
 from tat_jax.weights.orbax_quiet import abandoned_unheard, reason, try_to_read
@@ -38,8 +39,6 @@ from tat_jax.weights.store import (
 )
 
 _STUDENT = "student.network."  # where the student lies in what is trained
-# Of the names under which parameters are saved; checkpoints of before have none, see `_as_before`.
-_LAYOUT = 2
 
 
 class Restored(NamedTuple):
@@ -75,18 +74,25 @@ class RunCheckpoints:
 
     Args:
         folder: the run's folder; checkpoints lie in `folder/checkpoints/<step>`.
+        is_shared: whether all processes see the same one, and write it together; else process 0 writes alone.
     """
 
-    def __init__(self, folder: Path):
-        self._run = folder
+    def __init__(self, folder: Path, *, is_shared: bool = True):
+        self._run, self._is_shared = folder, is_shared
+        self._writes = is_shared or jax.process_index() == 0
         self._open = contextlib.ExitStack()
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
         # Opened after `restore` has set aside what it could not read.
+        folder = folders.checkpoints(self._run).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        processes = None if self._is_shared else {0}
         return ocp.CheckpointManager(
-            folders.checkpoints(self._run).absolute(),
+            folder,
             options=ocp.CheckpointManagerOptions(
+                create=False,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=processes),
                 best_fn=folders.first,
                 preservation_policy=AnyPreservationPolicy(
                     # Two, so that there is another one where the latest turns out to be damaged.
@@ -139,14 +145,19 @@ class RunCheckpoints:
         Raises:
             OSError: this checkpoint, or the one before, could not be written.
         """
+        if not self._writes:
+            return
         step = int(state.step)
+        student, training = _student(state), _training(state)
+        if not self._is_shared:
+            student, training = jax.device_get((student, training))  # whole, and without the others
         origin = {"head": "trained", "source": f"step {step}"}
         said = {
             "position": position,
             "provenance": dict(provenance),
             "metrics": metrics,
-            "layout": _LAYOUT,
-            "arrays": digest(_training(state)),
+            "layout": checkpoint_layout.NOW,
+            "arrays": digest(training),
         }
         try:
             if step in self._manager.all_steps():
@@ -154,8 +165,8 @@ class RunCheckpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    **network_items(StoredNetwork(_student(state), arguments, origin, usage)),
-                    training=ocp.args.StandardSave(_training(state)),
+                    **network_items(StoredNetwork(student, arguments, origin, usage)),
+                    training=ocp.args.StandardSave(training),
                     data=ocp.args.JsonSave(seal(said)),
                 ),
                 metrics=metrics,
@@ -165,6 +176,8 @@ class RunCheckpoints:
 
     def check(self) -> None:
         """Raise an OSError if a checkpoint could not be written since the last call."""
+        if not self._writes:
+            return
         try:
             self._manager.check_for_errors()
         except Exception as failure:  # Orbax raises whatever its storage layers raise.
@@ -180,6 +193,8 @@ class RunCheckpoints:
 
     def drop_training(self) -> None:
         """Keep of a finished run the last and the best network alone, a quarter of what it took."""
+        if not self._writes:
+            return
         self._manager.wait_until_finished()
         kept = {folders.last(self._run), folders.best(self._run)}
         for step in folders.steps(self._run):
@@ -192,7 +207,8 @@ class RunCheckpoints:
 
     def latest_step(self) -> int | None:
         """Wait for what is being written, and return the step of the newest checkpoint, if there is one."""
-        self._manager.wait_until_finished()
+        if self._writes:
+            self._manager.wait_until_finished()
         return max(folders.steps(self._run), default=None)
 
     def restore(self, like: TrainState) -> Restored | None:
@@ -240,7 +256,7 @@ class RunCheckpoints:
         place = self._run / "damaged" / str(step)
         while place.exists():
             place = place.with_name(f"{place.name}_")
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 or not self._is_shared:
             place.parent.mkdir(exist_ok=True)
             (folders.checkpoints(self._run) / str(step)).rename(place)
         multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
@@ -270,10 +286,11 @@ def _read_training(folder: Path, like: TrainState) -> tuple[TrainState, dict[str
             step = jnp.full_like(like.step, int(folder.name))
             return state._replace(step=step), said["position"], False
         training = checkpointer.restore(
-            folder.absolute() / "training", _renamed(abstract, _as_before) if is_before else abstract
+            folder.absolute() / "training",
+            checkpoint_layout.renamed(abstract, checkpoint_layout.as_before) if is_before else abstract,
         )
     check_digest(training, said["arrays"])
-    training = _renamed(training, _as_now) if is_before else training
+    training = checkpoint_layout.renamed(training, checkpoint_layout.as_now) if is_before else training
     state = _with_student(like, student, training["embeddings"])
     return state._replace(step=training["step"], opt_state=training["opt_state"]), said["position"], True
 
@@ -300,41 +317,3 @@ def _training(state: TrainState) -> dict[str, Any]:
     trained = flatten(state.params) | flatten(state.variables)
     others = {path: value for path, value in trained.items() if path not in student}
     return {"step": state.step, "embeddings": others, "opt_state": state.opt_state}
-
-
-Route = tuple[Any, ...]
-
-
-def _renamed(training: dict[str, Any], rename: Callable[[Route], Route]) -> dict[str, Any]:
-    """Return the item `training` with other paths of what is trained, in its embeddings and its moments."""
-
-    def rename_state(node: Any) -> Any:
-        if not isinstance(node, nnx.State):
-            return node
-        return nnx.from_flat_state([(rename(path), leaf) for path, leaf in nnx.to_flat_state(node)])
-
-    embeddings = {".".join(rename(tuple(k.split(".")))): v for k, v in training["embeddings"].items()}
-    moments = jax.tree.map(
-        rename_state, training["opt_state"], is_leaf=lambda node: isinstance(node, nnx.State)
-    )
-    return training | {"embeddings": embeddings, "opt_state": moments}
-
-
-def _as_before(path: Route) -> Route:
-    """Return the path of before losses were a list: `tat.layer4.query` for `losses.tat_layer4.query`."""
-    match path:
-        case ("student", "network", *rest):
-            return ("student", *rest)
-        case ("losses", str(name), *rest):
-            return (*name.split("_", 1), *rest)
-    return path
-
-
-def _as_now(path: Route) -> Route:
-    """Return the path of a parameter that had this one before."""
-    match path:
-        case ("student", *rest):
-            return ("student", "network", *rest)
-        case (loss, tap, *rest):
-            return ("losses", f"{loss}_{tap}", *rest)
-    return path

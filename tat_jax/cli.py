@@ -10,7 +10,8 @@ from typing import NamedTuple, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from tat_jax import config_files, failures, outputs, overrides, paths, signals
+from tat_jax import buckets, config_files, failures, outputs, overrides, paths, signals
+from tat_jax.buckets import Bucket, Place
 
 _CONFIG = flags.DEFINE_string(
     "config",
@@ -18,7 +19,11 @@ _CONFIG = flags.DEFINE_string(
     "The experiment: a name as r18_r34, a file as configs/r18_r34.py, or a YAML of the published code; "
     ":smoke after it is its miniature. By default that of the run in --workdir, else a demonstration.",
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; runs/<name of the config> if not given.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder of the run, on a disk or in a bucket, gs:// or s3://; runs/<name of the config> if not given.",
+)
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
@@ -55,7 +60,7 @@ class Experiment(NamedTuple):
     """
 
     config: ConfigDict
-    folder: Path
+    folder: Place
     origin: str
 
 
@@ -169,18 +174,18 @@ def read_experiment() -> Experiment:
             config = config_files.load(config_files.DEMO)
             origin = f"without --config: the demonstration, {config_files.DEMO}"
     overrides.apply(config, _OVERRIDES, experiment.FIELDS)
-    config_files.expand_home(config)
+    config_files.expand_paths(config)
     return Experiment(config, folder, origin)
 
 
-def _folder() -> Path:
+def _folder() -> Place:
     """Return the run's folder: that of the flag, or one of the config's name."""
     if _WORKDIR.value is None:
         return Path("runs") / config_files.name(_CONFIG.value or config_files.DEMO)
     if not _WORKDIR.value:
         raise ValueError("--workdir is empty; it names the folder of the run")
-    folder = paths.local(_WORKDIR.value)
-    if folder.exists() and not folder.is_dir():
+    folder = buckets.place(paths.expand(_WORKDIR.value))
+    if isinstance(folder, Path) and folder.exists() and not folder.is_dir():
         raise ValueError(f"--workdir={folder} is a file, and must be the folder of the run")
     return folder
 
@@ -192,25 +197,30 @@ def _checkpoint() -> str:
     which = _CHECKPOINT.value
     if which in folders.CHOICES:
         return which
-    if not which or not paths.local(which).exists():
+    place = buckets.place(paths.expand(which)) if which else None
+    if place is None or (isinstance(place, Path) and not place.exists()):
         raise ValueError(
             f"--checkpoint={which}: there is no such folder; best, last, weights or a run is taken"
         )
-    return str(paths.local(which))
+    return str(place)
 
 
-def _run_of(folder: Path) -> Path:
+def _run_of(folder: Place) -> Place:
     """Return the folder whose config counts: of an evaluation of a checkpoint alone, that of its run."""
     from tat_jax.weights import folders
 
     if _MODE.value != "eval" or _WORKDIR.value is not None or _checkpoint() in folders.CHOICES:
         return folder
-    place = Path(_checkpoint()).absolute()
-    return place.parents[1] if place.parent.name == "checkpoints" else Path(_checkpoint())
+    place = buckets.place(_checkpoint())
+    if isinstance(place, Path) and place.absolute().parent.name == "checkpoints":
+        return place.absolute().parents[1]
+    return place
 
 
-def _check_may_be_demo(folder: Path) -> None:
+def _check_may_be_demo(folder: Place) -> None:
     """Raise a ValueError where the demonstration can hardly be meant: there is no run, or something else."""
+    if isinstance(folder, Bucket):
+        raise ValueError(f"no run in {folder}: name a config with --config")
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if _MODE.value == "eval":
         raise ValueError(f"no run in {folder}: name one with --workdir, or a config with --config")

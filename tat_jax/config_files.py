@@ -38,7 +38,7 @@ def find(config: str) -> str:
     if "://" in config:
         paths.local(config)
     file, argument = parts(config)
-    if file.startswith("~"):
+    if file.startswith("~") or "$" in file:
         file = str(paths.local(file))
     said = f"{file}:{argument}" if ":" in config else file
     if file.endswith((".yaml", ".yml")):
@@ -109,17 +109,17 @@ def load_builder(named: str) -> Callable[..., Any]:
     return build_or_say
 
 
-def expand_home(config: ConfigDict) -> None:
-    """Let every path of a config that begins with `~` begin with the home folder.
+def expand_paths(config: ConfigDict) -> None:
+    """Write out the home folder and the variables in every path of a config.
 
     Raises:
-        ValueError: there is no such home folder.
+        ValueError: there is no such home folder, or a variable is not set.
     """
     for field, value in config.items():
         if isinstance(value, ConfigDict):
-            expand_home(value)
-        elif isinstance(value, str) and value.startswith("~"):
-            config[field] = str(paths.local(value))
+            expand_paths(value)
+        elif isinstance(value, str) and (value.startswith("~") or "$" in value):
+            config[field] = paths.expand(value)
 
 
 def _run(file: Path) -> ModuleType:

@@ -4,7 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from tat_jax import failures, outputs, paths, signals  # and nothing heavy, so that --help answers at once
+# And nothing heavy, so that --help answers at once.
+from tat_jax import buckets, failures, outputs, paths, signals
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -21,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.set_verbosity(logging.FATAL)  # Orbax reports every step of every save, and prints what it raises
     try:
         if options.export:
-            _export(paths.local(options.what), options)
+            _export(buckets.place(paths.expand(options.what)), options)
         else:
             _convert(parser, options)
     except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -67,7 +68,7 @@ def _path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _export(run: Path, options: argparse.Namespace) -> None:
+def _export(run: buckets.Place, options: argparse.Namespace) -> None:
     from tat_jax.config_files import load_builder
     from tat_jax.export import export
 

@@ -3,7 +3,6 @@
 import functools
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -15,8 +14,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from tat_jax import experiment, networks, sharding
+from tat_jax import buckets, experiment, networks, sharding
 from tat_jax.batch import Batch
+from tat_jax.buckets import Place
 from tat_jax.data.pipeline import Pipeline, open_pipeline
 from tat_jax.data.source import class_names, notes
 from tat_jax.metrics import progress
@@ -24,7 +24,7 @@ from tat_jax.networks import OwnNetwork
 from tat_jax.tasks import TASKS
 from tat_jax.tasks.task import Task
 from tat_jax.usage import other_classes
-from tat_jax.weights import folders
+from tat_jax.weights import folders, remote
 
 
 class Evaluation(NamedTuple):
@@ -45,14 +45,14 @@ class Stopped(Exception):
 
 
 def run(
-    config: ConfigDict, folder: str | Path, which: str, *, student: OwnNetwork | None = None
+    config: ConfigDict, folder: str | Place, which: str, *, student: OwnNetwork | None = None
 ) -> Evaluation:
     """Evaluate a network on the validation images of `config`.
 
     Args:
         config: names the task, the data, the batch size and the compute type.
-        folder: a run.
-        which: "best" or "last" of its checkpoints, or a folder of weights or another run instead.
+        folder: a run, on this machine or in a bucket.
+        which: "best" or "last" of its checkpoints, or a folder of weights or another run instead, wherever.
         student: a network of your own, as in `train.run`, where the folder holds weights of one.
 
     Raises:
@@ -61,14 +61,18 @@ def run(
     """
     experiment.check(config)
     choose = folders.CHOICES.get(which)
-    place = choose(Path(folder)) if choose else Path(which)
-    network = networks.restore(place, dtype=config.dtype, network=student)
+    if choose:
+        with remote.at_hand(buckets.place(folder)) as here:
+            network = networks.restore(choose(here), dtype=config.dtype, network=student)
+    else:
+        network = networks.restore(which, dtype=config.dtype, network=student)
+    named = f"the {which} checkpoint of {folder}" if choose else which
     mesh = sharding.make_mesh()
     pipeline = open_pipeline(config, "val", batch_size=sharding.round_up(config.batch_size, mesh))
     if network.origin["head"] == "fresh":
-        raise ValueError(f"{place} has a head that was never trained: its logits mean nothing")
+        raise ValueError(f"{named} has a head that was never trained: its logits mean nothing")
     if wrong := other_classes(network, pipeline.source.num_classes, class_names(pipeline.source)):
-        raise ValueError(f"{place} has other classes: {wrong}; name data of its own")
+        raise ValueError(f"{named} has other classes: {wrong}; name data of its own")
     show = jax.process_index() == 0
     for line in notes(pipeline.source) if show else ():
         print(f"note: {line}", file=sys.stderr)

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import safetensors.numpy
 
 from tat_jax import networks
+from tat_jax.buckets import Place
 from tat_jax.networks import OwnNetwork
 from tat_jax.usage import as_json
-from tat_jax.weights import folders, store
+from tat_jax.weights import folders, remote, store
 from tat_jax.weights.names import export_entries
 from tat_jax.weights.tensors import Entries
 
@@ -27,20 +28,20 @@ class Exported(NamedTuple):
     """
 
     entries: int
-    folder: Path
+    folder: str
     head: str
     usage: Path | None
 
 
 def export(
-    run: Path, path: Path, checkpoint: str | None = None, *, student: OwnNetwork | None = None
+    run: Place, path: Path, checkpoint: str | None = None, *, student: OwnNetwork | None = None
 ) -> Exported:
     """Write the network of converted weights, or one of a run, as `.pth` or `.safetensors`.
 
     A JSON file of the same name says what its images must be and its classes are called.
 
     Args:
-        run: the folder of either.
+        run: the folder of either, on this machine or in a bucket.
         path: the file, which must not exist.
         checkpoint: "best" or "last", and only of a run; the best one if None.
         student: a network of your own, as in `train.run`, where the folder holds weights of one.
@@ -57,16 +58,18 @@ def export(
     for file in (path, usage):
         if file.exists():
             raise FileExistsError(f"{file} exists already; remove it or name another file")
-    if checkpoint and folders.is_network(run):
-        raise ValueError(f"{run} is one network, not a run: leave out --checkpoint {checkpoint}")
-    folder = folders.CHOICES[checkpoint](run) if checkpoint else folders.network_folder(run)
-    network = store.load_network(folder)
-    own = networks.restore_own(network, student, source=str(folder)).view.network if student else None
+    with remote.at_hand(run) as here:
+        if checkpoint and folders.is_network(here):
+            raise ValueError(f"{run} is one network, not a run: leave out --checkpoint {checkpoint}")
+        folder = folders.CHOICES[checkpoint](here) if checkpoint else folders.network_folder(here)
+        network = store.load_network(folder)
+        named = str(folder).replace(str(here), str(run), 1)
+    own = networks.restore_own(network, student, source=named).view.network if student else None
     entries = export_entries(network, own)
     _write(path, safetensors.numpy.save(entries) if path.suffix == ".safetensors" else _pth(entries))
     if network.usage:
         _write(usage, as_json(network.usage))
-    return Exported(len(entries), folder, network.origin["head"], usage if network.usage else None)
+    return Exported(len(entries), named, network.origin["head"], usage if network.usage else None)
 
 
 def _pth(entries: Entries) -> bytes:

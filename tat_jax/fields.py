@@ -97,7 +97,10 @@ POSITIVE = Rule("a number greater than 0", lambda value: is_number(value) and va
 NOT_NEGATIVE = Rule("a number from 0 on", lambda value: is_number(value) and value >= 0)
 SHARE = Rule("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
 TEXT = Rule("a text that is not empty", lambda value: isinstance(value, str) and value != "")
-FOLDER = Rule(f"a folder {paths.LOCAL}", lambda value: TEXT.holds(value) and not paths.is_bucket(value))
+FOLDER = Rule(
+    f"a folder {paths.ANYWHERE}",
+    lambda value: TEXT.holds(value) and (not paths.is_address(value) or paths.is_in_bucket(value)),
+)
 YES_OR_NO = Rule("True or False", lambda value: isinstance(value, bool))
 RISING_EPOCHS = Rule("rising epochs, each a whole number from 1 on", _are_rising)
 

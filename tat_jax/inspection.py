@@ -6,7 +6,6 @@ Each function returns what it finds in words, and what it built.
 import math
 import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +14,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tat_jax import experiment, provenance, quantities, run_folder, sharding
+from tat_jax import bucket_lock, experiment, mirror, provenance, quantities, run_folder, sharding
+from tat_jax.buckets import Bucket, Place
 from tat_jax.build import Built, all_terms, build, build_student, build_teacher, shapes_of
 from tat_jax.checkpoints import read_provenance
 from tat_jax.data.pipeline import Pipeline
@@ -28,6 +28,7 @@ from tat_jax.networks.view import watch
 from tat_jax.tasks import TASKS
 from tat_jax.usage import other_classes
 from tat_jax.weights import folders
+from tat_jax.weights.remote import at_hand, step_of, whole
 from tat_jax.weights.store import network_weights
 
 # Whoever has no data does not know how many classes a head has.
@@ -47,21 +48,31 @@ def check_config(config: ConfigDict, losses: Own | None) -> tuple[str, ConfigDic
     return "\n".join(["every field is known and allowed", *notes]), config
 
 
-def describe_folder(config: ConfigDict, folder: Path) -> tuple[str, None]:
+def describe_folder(config: ConfigDict, folder: Place) -> tuple[str, None]:
     """Say what a training in the folder would continue, and what its config changes.
 
     Raises:
         ValueError: the folder is another training's.
-        OSError: it cannot be written.
+        OSError: it cannot be written, or the bucket cannot be reached.
     """
     differences = [f"changed: {line}" for line in run_folder.changes(config, folder, experiment.FIELDS)]
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    notes = []
+    if isinstance(folder, Bucket):
+        works_in = mirror.scratch(folder)
+        there = whole(folder.objects())
+        saved = sorted({step for name in there if (step := step_of(name)) is not None})
+        if bucket_lock.NAME in there:
+            owner = bucket_lock.said_by(folder.read(bucket_lock.NAME)).get("owner", "nobody known")
+            notes = [f"NOTE: locked by {owner}; a run waits for up to a minute to see whether it is at work"]
+    else:
+        works_in, saved = folder, folders.steps(folder)
+    existing = next(place for place in (works_in, *works_in.absolute().parents) if place.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise OSError(f"cannot write in {existing}; choose another --workdir")
-    saved = folders.steps(folder)
     state = f"continues from step {saved[-1]}" if saved else "starts"
     free = quantities.size(shutil.disk_usage(existing).free)
-    return "\n".join([f"{folder}: {state}; {free} free", *differences]), None
+    where = "" if works_in is folder else f" in {works_in}, where it works"
+    return "\n".join([f"{folder}: {state}; {free} free{where}", *notes, *differences]), None
 
 
 def describe_devices(config: ConfigDict, mesh: Mesh) -> tuple[str, Mesh]:
@@ -168,7 +179,7 @@ def build_training(
     teacher: Network | None,
     losses: Own | None,
     mesh: Mesh,
-    folder: Path | None,
+    folder: Place | None,
 ) -> tuple[str, Built]:
     """Build what is trained, and say by which losses, and what is new of a run that continues.
 
@@ -188,7 +199,7 @@ def build_training(
     lines = [describe_training(config, built)]
     if folder:
         now = provenance.provenance_of(class_names(data.source), built.teacher)
-        changed = provenance.changes(read_provenance(folder), now, folder)
+        changed = provenance.changes(_provenance_of(folder), now, folder)
         lines += [f"changed: {line}" for line in changed]
     return "\n".join(lines), built
 
@@ -198,6 +209,14 @@ def describe_training(config: ConfigDict, built: Built) -> str:
     terms = " + ".join(map(str, built.terms))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(built.state.params))
     return f"{terms}; {config.optimizer.name} trains {parameters:,} parameters"
+
+
+def _provenance_of(folder: Place) -> provenance.Provenance:
+    try:
+        with at_hand(folder, ("data",)) as here:
+            return read_provenance(here)
+    except FileNotFoundError:
+        return {}
 
 
 def describe_taps(

@@ -1,31 +1,53 @@
-"""Paths as they are typed: `~` is the home folder, and a bucket is no folder."""
+"""Paths as they are typed: `~` is the home folder, `$NAME` a variable, gs:// and s3:// lead into buckets."""
 
 import os
 import re
 from pathlib import Path
 
-_BUCKET = re.compile(r"[A-Za-z][\w+.-]+:/")
+_ADDRESS = re.compile(r"[A-Za-z][\w+.-]+:/")
+_IN_BUCKET = re.compile(r"(gs|s3)://[^/?#\s]+")
+_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 LOCAL = "on a disk of this machine; mount a bucket first, as gcsfuse does, and name where it lies"
+ANYWHERE = "on a disk of this machine, or in a bucket, as gs://bucket/folder or s3://bucket/folder"
 
 
-def is_bucket(text: str) -> bool:
-    """Return whether a path is an address, as gs://bucket/run is."""
-    return _BUCKET.match(text) is not None
+def is_address(text: str) -> bool:
+    """Return whether a path is an address of any kind, as gs://bucket/run and file:///run are."""
+    return _ADDRESS.match(text) is not None
+
+
+def is_in_bucket(text: str) -> bool:
+    """Return whether a path leads into a bucket of a kind that can be reached."""
+    return _IN_BUCKET.match(text) is not None
+
+
+def expand(text: str) -> str:
+    """Return a path with its variables and the home folder written out, as a shell does.
+
+    Raises:
+        ValueError: a variable is not set, or there is no such home folder.
+    """
+    if unset := [name for name in _VARIABLE.findall(text) if name.strip("{}") not in os.environ]:
+        raise ValueError(f"{text}: ${unset[0]} is not set")
+    path = os.path.expanduser(os.path.expandvars(text))
+    if path.startswith("~"):
+        raise ValueError(f"{text}: there is no such home folder; ./{text} is one of that name here")
+    return path
 
 
 def local(text: str) -> Path:
     """Return the path that a text names on this machine.
 
     Raises:
-        ValueError: the text is empty or an address, or there is no such home folder.
+        ValueError: the text is empty or an address, or what it begins with is not known, see `expand`.
     """
-    if is_bucket(text):
+    if is_address(text):
         raise ValueError(f"{text} is not {LOCAL}")
     if not text:
         raise ValueError("a path is empty")
-    path = os.path.expanduser(text)
-    if path.startswith("~"):
-        raise ValueError(f"{text}: there is no such home folder; ./{text} is one of that name here")
+    path = expand(text)
+    if is_address(path):
+        raise ValueError(f"{text}, {path}, is not {LOCAL}")
     return Path(path)
 
 

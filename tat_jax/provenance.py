@@ -5,11 +5,11 @@ A checkpoint remembers it, so that a run goes on only with the classes and the t
 
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from flax import nnx
 
+from tat_jax.buckets import Place
 from tat_jax.weights.store import digest, flatten
 
 Provenance = dict[str, Any]
@@ -31,7 +31,7 @@ def provenance_of(classes: Sequence[str] | None, teacher: nnx.State | None) -> P
     }
 
 
-def changes(before: Mapping[str, Any], now: Provenance, folder: Path) -> list[str]:
+def changes(before: Mapping[str, Any], now: Provenance, folder: Place) -> list[str]:
     """Return, a line each, what is new about a run that continues and may be.
 
     Args:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from tat_jax.buckets import Bucket, Place
 from tat_jax.fields import Field, Fields, defaults, find
 from tat_jax.losses import kd_weights
 
@@ -97,7 +98,7 @@ def _remove_remade(folder: Path) -> None:
         time.sleep(0.2)
 
 
-def changes(config: ConfigDict, folder: Path, fields: Fields) -> list[str]:
+def changes(config: ConfigDict, folder: Place, fields: Fields) -> list[str]:
     """Return how the config differs from the one that lies in the run's folder, a line each.
 
     Raises:
@@ -150,18 +151,24 @@ def _may_change(field: Field | None, before: Any, after: Any) -> bool:
     return may_change if isinstance(may_change, bool) else may_change(before, after)
 
 
-def read_config(folder: Path, fields: Fields) -> ConfigDict | None:
+def read_config(folder: Place, fields: Fields) -> ConfigDict | None:
     """Return the config with which the run or study in a folder was trained last; None where there is none.
 
     Raises:
         ValueError: it is damaged.
     """
     path = folder / "config.json"
-    if not path.exists():
+    try:
+        text = (
+            folder.read("config.json")
+            if isinstance(folder, Bucket)
+            else (folder / "config.json").read_bytes()
+        )
+    except FileNotFoundError:
         return None
     config = defaults(fields)
     try:
-        said = json.loads(path.read_text())
+        said = json.loads(text)
         if of_study := said.pop("study", None):
             config.study = ConfigDict(of_study)  # which sorts what it holds
             config.study.students = ConfigDict(of_study["students"], sort_keys=False)

@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tat_jax import evaluate, experiment, pictures, run_folder, train
+from tat_jax.buckets import Bucket, Place, place
 from tat_jax.build import all_terms
 from tat_jax.fields import Field, Fields, Rule, whole, wrong
 from tat_jax.metrics import read_rows
@@ -57,7 +58,7 @@ FIELDS: Fields = {
 }
 
 
-def run(config: ConfigDict, folder: str | Path) -> str:
+def run(config: ConfigDict, folder: str | Place) -> str:
     """Train the teacher and every student of `config.study` below `folder`, and return the table.
 
     A student's measure is that after its last epoch, so that no run is chosen by the images that it is judged
@@ -73,17 +74,17 @@ def run(config: ConfigDict, folder: str | Path) -> str:
         ValueError: a run cannot be made; it is named. Nothing is written before all configs are known to be
             right.
     """
-    folder = Path(folder)
+    folder = folder_of(folder)
     check(config)
     teacher, students = teacher_of(config), students_of(config, folder)
     trainings = {folder / _TEACHER: teacher} if teacher else {}
     trainings |= {
         _place(folder, name, student): student for name, of_seeds in students.items() for student in of_seeds
     }
-    for place, training in trainings.items():
-        with _named(place.relative_to(folder)):
+    for run_of, training in trainings.items():
+        with _named(run_of.relative_to(folder)):
             experiment.check(training)
-            run_folder.changes(training, place, experiment.FIELDS)
+            run_folder.changes(training, run_of, experiment.FIELDS)
     _keep_config(config, folder)
     task = TASKS[config.task]()
     of_teacher = _measure_teacher(config, teacher, students, folder, task)
@@ -107,6 +108,18 @@ def _keep_config(config: ConfigDict, folder: Path) -> None:
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     run_folder.write_config(config, folder, 0, changed=False)
+
+
+def folder_of(named: str | Place) -> Path:
+    """Return the folder of a study.
+
+    Raises:
+        ValueError: it is in a bucket, where only a run can be.
+    """
+    folder = place(named)
+    if isinstance(folder, Bucket):
+        raise ValueError(f"{folder}: a study is kept on a disk; each of its runs alone may lie in a bucket")
+    return folder
 
 
 def check(config: ConfigDict) -> None:
@@ -160,11 +173,11 @@ def _place(folder: Path, name: str, student: ConfigDict) -> Path:
     return folder / name / f"seed{student.seed}"
 
 
-def _train(config: ConfigDict, folder: Path, place: Path) -> list[dict[str, Any]]:
+def _train(config: ConfigDict, folder: Path, run_of: Path) -> list[dict[str, Any]]:
     """Train a student, and return the rows of its log."""
-    with _named(place.relative_to(folder)):
-        train.run(config, place)
-    return read_rows(place)
+    with _named(run_of.relative_to(folder)):
+        train.run(config, run_of)
+    return read_rows(run_of)
 
 
 def _measure_teacher(

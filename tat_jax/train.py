@@ -4,7 +4,6 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,8 +11,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tat_jax import experiment, pictures, provenance, run_folder, sharding
+from tat_jax import experiment, mirror, pictures, provenance, run_folder, sharding
 from tat_jax.batch import Batch
+from tat_jax.buckets import Place, place
 from tat_jax.build import Built, build
 from tat_jax.checkpoints import Restored, RunCheckpoints, read_provenance
 from tat_jax.data.pipeline import Pipeline, open_pipeline
@@ -33,7 +33,7 @@ from tat_jax.usage import as_json, usage_of
 
 def run(
     config: ConfigDict,
-    folder: str | Path,
+    folder: str | Place,
     *,
     student: OwnNetwork | None = None,
     teacher: OwnNetwork | None = None,
@@ -46,7 +46,7 @@ def run(
 
     Args:
         config: as the functions in `configs/` return it.
-        folder: where the run lives.
+        folder: where the run lives, on this machine or in a bucket.
         student: a network of your own instead of the config's: called as `student(images, train=…, where=…)`
             it returns logits and sows its taps; a `View` says of another what it is called with and returns.
             Or a function that builds one, called as `build(num_classes=…, rngs=…)`.
@@ -65,7 +65,6 @@ def run(
         Interrupted: SIGINT or SIGTERM came.
     """
     experiment.check(config)
-    folder = Path(folder)
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.batch_size, mesh)
     data = open_pipeline(config, "train"), open_pipeline(config, "val")
@@ -79,7 +78,7 @@ def run(
         teacher=teacher,
         losses=losses,
     )
-    with _Training(config, folder, mesh, built, *data) as training:
+    with _Training(config, place(folder), mesh, built, *data) as training:
         while not training.is_done():
             for batch in training.batches():
                 training.take_step(batch)
@@ -104,13 +103,13 @@ class _Training:
     def __init__(
         self,
         config: ConfigDict,
-        folder: Path,
+        place: Place,
         mesh: Mesh,
         built: Built,
         data: Pipeline,
         eval_data: Pipeline,
     ):
-        self._config, self._folder, self._mesh, self._built = config, folder, mesh, built
+        self._config, self._place, self._mesh, self._built = config, place, mesh, built
         self._data, self._eval_data = data, eval_data
         self._show = jax.process_index() == 0
         self._step_fn = jit_train_step(built.recipe, mesh)
@@ -122,31 +121,33 @@ class _Training:
 
     def __enter__(self) -> "_Training":
         """Lock the folder, and continue from its latest checkpoint if there is one."""
-        config, folder = self._config, self._folder
-        of_config = run_folder.changes(config, folder, experiment.FIELDS)
+        config, place = self._config, self._place
+        of_config = run_folder.changes(config, place, experiment.FIELDS)
         with contextlib.ExitStack() as opened:
-            self._check_is_there = opened.enter_context(run_folder.only_run(folder))
-            self._checkpoints = opened.enter_context(RunCheckpoints(folder))
+            work = opened.enter_context(mirror.work_in(place))
+            folder, self._folder, self._check_is_there = work.folder, work.folder, work.check
+            self._checkpoints = opened.enter_context(RunCheckpoints(folder, is_shared=work.is_shared))
             self._signals = opened.enter_context(StopSignals())
             for data in (self._data, self._eval_data):
                 opened.callback(data.close)
-            of_parts = provenance.changes(read_provenance(folder), self._provenance, folder)
+            of_parts = provenance.changes(read_provenance(folder), self._provenance, place)
             restored = self._restore()
             run_folder.write_config(config, folder, self._position.step, changed=bool(of_config))
             if self._show:
                 (folder / "usage.json").write_bytes(as_json(self._usage))
                 print(self._summary(restored, of_config + of_parts), flush=True)
                 pictures.draw_images(self._data, self._eval_data, folder / "images.png")
+            writes = self._show or not work.is_shared
             self._bar = opened.enter_context(
                 progress(
                     config.epochs * self._position.epoch_images,
                     initial=self._position.images,
-                    description=folder.name,
+                    description=place.name,
                     show=self._show,
                 )
             )
             self._writer = opened.enter_context(
-                MetricWriter(folder, self._position.step, evaluated=self._evaluated, active=self._show)
+                MetricWriter(folder, self._position.step, evaluated=self._evaluated, active=writes)
             )
             self._log = StepLog(
                 self._writer,
@@ -175,7 +176,7 @@ class _Training:
         if restored and restored.position["images"] != images:
             there = restored.position["images"]
             raise ValueError(
-                f"{self._folder} was trained on {there:,} images, and data.root holds {images:,} now"
+                f"{self._place} was trained on {there:,} images, and data.root holds {images:,} now"
             )
         self._state = restored.state if restored else self._built.state
         self._position = Position(
@@ -184,7 +185,7 @@ class _Training:
         self._evaluated = restored.position["evaluated"] if restored else True
         if restored and not restored.can_go_on and self._position.step < self._last_step:
             raise ValueError(
-                f"{self._folder} kept its networks alone (keep='networks') and cannot go on; "
+                f"{self._place} kept its networks alone (keep='networks') and cannot go on; "
                 "choose another --workdir"
             )
         if self.is_done() and not self._last_evaluation_is_logged():
@@ -269,7 +270,7 @@ class _Training:
         row = {f"eval/{name}": value for name, value in evaluation.measures.items()}
         self._writer.write(step, row | {"epoch": epoch, "skipped": skipped})
         if self._show:
-            self._bar.write(f"{self._folder.name}: epoch {epoch}/{self._config.epochs}  {evaluation}")
+            self._bar.write(f"{self._place.name}: epoch {epoch}/{self._config.epochs}  {evaluation}")
             if skipped:
                 self._bar.write(f"  {skipped} unreadable training images skipped")
         self._save(evaluation.measures)
@@ -337,7 +338,7 @@ class _Training:
     def _summary(self, restored: Restored | None, differences: list[str]) -> str:
         return "\n".join(
             [
-                f"{self._folder}: {self._describe_start(restored)}",
+                f"{self._place}: {self._describe_start(restored)}",
                 *(f"  damaged  {line}" for line in (restored.set_aside if restored else ())),
                 *(f"  changed  {line}" for line in differences),
                 *summarize(self._config, self._built, self._data, self._eval_data, self._mesh),

@@ -18,6 +18,7 @@ import jax
 import jaxtyping
 import pytest
 
+from tat_jax.buckets import Bucket
 from tests.images import encode, photograph
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -52,3 +53,31 @@ def folder(tmp_path):
         return tmp_path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def stores():
+    """Gives both stores, once for all tests."""
+    from tests.emulator import Emulator  # here, as other tests have no need of its libraries
+
+    emulator = Emulator()
+    yield emulator
+    emulator.close()
+
+
+@pytest.fixture
+def emulator(stores, monkeypatch, tmp_path):
+    """Gives the stores, without objects and without faults, found by the environment."""
+    for name in stores.names():
+        stores.delete(name)
+    stores.mend()
+    for name, value in stores.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return stores
+
+
+@pytest.fixture(params=["s3", "gs"])
+def bucket(request, emulator):
+    """Gives a folder in a bucket of either store."""
+    return Bucket(f"{request.param}://bucket/runs/a")

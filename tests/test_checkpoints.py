@@ -121,6 +121,13 @@ def test_what_is_saved_comes_back_to_the_bit_random_streams_included(tmp_path, s
     assert restored.position == {"epoch": 1}
 
 
+def test_where_no_disk_is_shared_what_the_first_process_saves_alone_comes_back_to_the_bit(tmp_path):
+    state = state_of(Tiny(2, rngs=nnx.Rngs(0)))
+    with RunCheckpoints(tmp_path, is_shared=False) as checkpoints:
+        checkpoints.save(state, arguments={}, position={"epoch": 1})
+    assert_same(restore(tmp_path, other(state)).state, state)
+
+
 def test_a_students_random_stream_is_no_part_of_the_network_that_is_handed_on(tmp_path):
     save(tmp_path, state_of(Dropping(rngs=nnx.Rngs(0))))
     assert store.load_network(folders.last(tmp_path)).weights.keys() == {"linear.kernel", "linear.bias"}

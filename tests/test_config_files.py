@@ -97,17 +97,22 @@ def test_a_file_gives_its_config_to_which_no_field_is_added(mine):
         config.of_no_kind = 1
 
 
-def test_the_home_folder_is_found_in_every_path_and_in_those_of_a_study(monkeypatch, mine, tmp_path):
+@pytest.mark.parametrize("named", ["~/mine.py", "$CONFIGS/mine.py"])
+def test_home_and_variables_are_found_in_every_path_also_of_a_study(named, monkeypatch, mine, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", "/scratch")
     mine(
         "from tat_jax.configs import digits\n"
         "def get_config():\n"
         "    config = digits.get_config()\n"
         "    config.data.root = '~/images'\n"
+        "    config.teacher.weights = '${SCRATCH}/run'\n"
         "    config.study.teacher.student.weights = '~/run'\n"
         "    return config\n"
     )
-    config = config_files.load("~/mine.py")
-    config_files.expand_home(config)
+    monkeypatch.setenv("CONFIGS", str(tmp_path))
+    config = config_files.load(named)
+    config_files.expand_paths(config)
     assert config.data.root == str(tmp_path / "images")
+    assert config.teacher.weights == "/scratch/run"
     assert config.study.teacher.student.weights == str(tmp_path / "run")

@@ -206,3 +206,30 @@ def test_preparing_says_in_one_line_what_is_missing(present, tmp_path, monkeypat
         prepare.main()
     assert missing[0] in str(caught.value.code)
     assert "\n" not in str(caught.value.code)
+
+
+# In a bucket
+
+
+def test_records_in_a_bucket_of_google_are_those_of_a_folder(data_dir, emulator):
+    emulator.copy(data_dir, "data")
+    ours, theirs = Tfds("miniature", "gs://bucket/data", "train"), Tfds("miniature", data_dir, "train")
+    assert (len(ours), ours.classes) == (len(theirs), theirs.classes)
+    assert [ours[i] for i in range(5)] == [theirs[i] for i in range(5)]
+
+
+def test_what_a_bucket_lacks_of_a_data_set_is_named(data_dir, emulator):
+    with pytest.raises(FileNotFoundError, match=r"^miniature is not prepared in gs://bucket/data"):
+        Tfds("miniature", "gs://bucket/data", "train")
+    emulator.copy(data_dir, "data")
+    for name in emulator.names("data/miniature/1.0.0/miniature-train"):
+        emulator.delete(name)
+    with pytest.raises(FileNotFoundError, match=r"^gs://bucket/data/miniature/1.0.0 lacks 1 of its 1 files"):
+        Tfds("miniature", "gs://bucket/data", "train")
+
+
+def test_records_in_a_bucket_of_amazon_are_refused(emulator):
+    with pytest.raises(
+        ValueError, match=r"^s3://bucket/data: ArrayRecord files are read from disks and gs://"
+    ):
+        Tfds("miniature", "s3://bucket/data", "train")

@@ -11,7 +11,7 @@ import jax
 from proofs.command import Part, make_parser, run_parts
 from proofs.photographs import add_photos
 from proofs.program import ROOT
-from proofs.torture import disk, elastic, endurance, kill, preemption, processes, strangers
+from proofs.torture import buckets, disk, elastic, endurance, kill, preemption, processes, strangers
 
 DOCUMENT = ROOT / "docs" / "torture.md"
 PARTS: Mapping[str, Part] = {
@@ -20,6 +20,7 @@ PARTS: Mapping[str, Part] = {
     "elastic": lambda _: elastic.faults(),
     "processes": lambda _: processes.faults(),
     "disk": lambda _: disk.faults(),
+    "buckets": lambda _: buckets.faults(),
     "strangers": lambda chosen: strangers.faults(
         photos=[photo.jpeg for photo in chosen.photos[:50]],
         seconds=60 * chosen.fuzz,

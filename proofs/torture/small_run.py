@@ -45,6 +45,7 @@ class Run(Program):
         prefix: a command that starts it.
         devices: how many are simulated.
         log: where its output goes; else beside its folder.
+        workdir: the bucket's folder of a run that lies in one; its own is where its log and its cache go.
     """
 
     def __init__(
@@ -55,12 +56,13 @@ class Run(Program):
         prefix: tuple[str, ...] = (),
         devices: int = 1,
         log: Path | None = None,
+        workdir: str | None = None,
     ):
         self.folder = folder
         # Read and written by all, so that only the first of a kind is compiled.
         cache = {"XDG_CACHE_HOME": str(folder.parent / "cache")}
         super().__init__(
-            [*prefix, *main_command("r18_r34.py:smoke", folder, *OPTIONS, *options)],
+            [*prefix, *main_command("r18_r34.py:smoke", workdir or folder, *OPTIONS, *options)],
             log or folder.with_name(f"{folder.name}_{time.monotonic_ns()}.log"),
             environment={**simulated(devices), **cache, **(environment or {})},
         )

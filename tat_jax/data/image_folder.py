@@ -4,15 +4,19 @@ import functools
 import os
 import unicodedata
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Integer
 from ml_collections import ConfigDict
 
+from tat_jax.buckets import Bucket, Place, place
+from tat_jax.data import bucket_folder
 from tat_jax.data.kept_lists import list_folders
-from tat_jax.data.listing import EXTENSIONS, PassedOver, is_image, leads_to
+from tat_jax.data.listing import EXTENSIONS, PassedOver, Paths, is_image, leads_to
 from tat_jax.data.source import SPLITS, Example, Source, printable, some
-from tat_jax.paths import local
+from tat_jax.paths import expand
 
 FOLDERS = "folders"  # what `data.classes` says where ImageNet's ids are names like others
 _NOT_VAL = ("validation", "valid", "dev", "test")  # what the validation images are called elsewhere
@@ -26,7 +30,7 @@ class ImageFolder:
     ImageNet's, even if some classes are missing. Names that begin with a dot are passed over.
 
     Args:
-        root: holds the splits.
+        root: holds the splits, on this machine or in a bucket.
         split: `train` or `val`.
         classes: "folders" to number folders even if all are ImageNet's ids.
 
@@ -36,22 +40,24 @@ class ImageFolder:
 
     Raises:
         FileNotFoundError: the folder, the split or the images are missing.
-        OSError: some folders cannot be read.
+        OSError: some folders cannot be read, or the bucket cannot be reached.
         ValueError: images lie outside class folders, or `val` has a class that `train` lacks.
     """
 
-    def __init__(self, root: str | Path, split: str, classes: str | None = None):
-        root = local(str(root))
-        _check_is_there(root, root, split)
-        _check_is_there(root / split, root, split)
+    def __init__(self, root: str | Place, split: str, classes: str | None = None):
+        root = place(expand(str(root)))
         passed = PassedOver()
-        found = _class_folders(root / split, passed)
+        if isinstance(root, Bucket):
+            bucket_folder.check_is_there(root, split)
+        else:
+            _check_is_there(root, root, split)
+            _check_is_there(root / split, root, split)
+        found = _folders(root, split, passed)
         if not found:
             raise ValueError(f"{root / split} has no class folders; {_layout(root, split)}")
         trained = found
         if split != "train":
-            train = root / "train"
-            trained = _class_folders(train, PassedOver()) if os.path.isdir(train) else {}
+            trained = _folders(root, "train", PassedOver())
         ids = imagenet_classes()
         has_ids = classes != FOLDERS and found.keys() | trained.keys() <= set(ids)
         if not has_ids:
@@ -59,8 +65,9 @@ class ImageFolder:
         self.classes = ids if has_ids else list(trained)
         self.num_classes = len(self.classes)
         numbers = {name: number for number, name in enumerate(self.classes)}
+        self._bucket = root if isinstance(root, Bucket) else None
         folders = [str(root / split / folder_name) for folder_name in found.values()]
-        self._paths, counts = list_folders(folders, passed)
+        self._paths, counts = _list(root, split, found.values(), passed)
         self._labels = np.repeat(np.array([numbers[name] for name in found], np.int32), counts)
         empty = [folder for folder, count in zip(folders, counts, strict=True) if not count]
         self.notes = passed.lines(split)
@@ -77,6 +84,9 @@ class ImageFolder:
 
     def __getitem__(self, index: int) -> Example:
         path = self._paths[index]
+        if self._bucket:
+            name = printable(f"{self._bucket}/{path}")
+            return Example(self._bucket.read(path), int(self._labels[index]), name)
         try:
             with open(path, "rb", buffering=0) as file:
                 return Example(file.read(), int(self._labels[index]), printable(path))
@@ -94,6 +104,22 @@ def imagenet_classes() -> list[str]:
     return (Path(__file__).parent / "imagenet_wnids.txt").read_text().split()
 
 
+def _folders(root: Place, split: str, passed: PassedOver) -> dict[str, str]:
+    if isinstance(root, Bucket):
+        return bucket_folder.class_folders(root, split, passed)
+    return _class_folders(root / split, passed) if os.path.isdir(root / split) else {}
+
+
+def _list(
+    root: Place, split: str, folders: Iterable[str], passed: PassedOver
+) -> tuple[Paths, Integer[np.ndarray, " folders"]]:
+    """Return the paths of the images, one folder after the other, and how many each folder has."""
+    if isinstance(root, Bucket):
+        lists = bucket_folder.list_images(root, split, folders, passed)
+        return Paths.of(list(chain.from_iterable(lists))), np.array(list(map(len, lists)), np.int64)
+    return list_folders([str(root / split / folder) for folder in folders], passed)
+
+
 def _check_is_there(folder: Path, root: Path, split: str) -> None:
     """Raise unless a path leads to a folder."""
     try:
@@ -106,9 +132,11 @@ def _check_is_there(folder: Path, root: Path, split: str) -> None:
         raise NotADirectoryError(f"{folder} is a file and no folder; {_layout(root, split)}")
 
 
-def _layout(root: Path, split: str) -> str:
+def _layout(root: Place, split: str) -> str:
     """Return where images belong, and what may have been meant by a root that has no such split."""
     layout = f"images belong in {root}/train/<class>/ and {root}/val/<class>/"
+    if isinstance(root, Bucket):
+        return layout
     if root.name in SPLITS and os.path.isdir(root.parent / split):
         return f"{layout}; did you mean --config.data.root={root.parent}?"
     if split == "val" and not os.path.lexists(root / split):
@@ -171,7 +199,7 @@ def _class_folders(split: Path, passed: PassedOver) -> dict[str, str]:
     return folders
 
 
-def _check_names(root: Path, split: str, found: Iterable[str], trained: Iterable[str]) -> None:
+def _check_names(root: Place, split: str, found: Iterable[str], trained: Iterable[str]) -> None:
     """Raise unless `train` has classes, and all of those that the split has."""
     if not trained:
         raise FileNotFoundError(f"no class folders in {root / 'train'} to number those of {split}")
@@ -189,7 +217,7 @@ def _like(name: str) -> str:
     return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", name).casefold()))
 
 
-def _check_all_were_read(root: Path, passed: PassedOver, empty: list[str], lines: list[str]) -> None:
+def _check_all_were_read(root: Place, passed: PassedOver, empty: list[str], lines: list[str]) -> None:
     """Raise if folders could not be read, or have no images."""
     if passed.unreadable:
         raise OSError(
@@ -202,7 +230,7 @@ def _check_all_were_read(root: Path, passed: PassedOver, empty: list[str], lines
 
 
 def _notes_of_classes(
-    root: Path, split: str, found: dict[str, str], trained: dict[str, str], has_ids: bool
+    root: Place, split: str, found: dict[str, str], trained: dict[str, str], has_ids: bool
 ) -> list[str]:
     """Return what should be known of the classes of a split, and may not be what is meant."""
     lines = []
@@ -218,7 +246,8 @@ def _notes_of_classes(
         )
     elif len(found) == 1:
         (name,) = found.values()
-        inner = _folder_names(root / split / name)
+        here = root / split / name
+        inner = here.folders() if isinstance(here, Bucket) else _folder_names(here)
         within = f"; if {some(inner)} in it are the classes, they belong in {root / split}" if inner else ""
         lines.append(f"train has one class, {printable(name)}: nothing is to be told apart{within}")
     return lines

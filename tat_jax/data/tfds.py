@@ -1,13 +1,18 @@
 """Data sets that TensorFlow Datasets prepared, read without TensorFlow."""
 
+import contextlib
+import dataclasses
 import os
 import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from tat_jax.buckets import Bucket, Place, place
 from tat_jax.data.source import Example, Source, some
-from tat_jax.paths import local
+from tat_jax.paths import expand
 
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
 _ANEW = "copy it anew from where it was prepared, or prepare it again"
@@ -21,7 +26,7 @@ class Tfds:
 
     Args:
         name: of a data set with the features `image` and `label`.
-        data_dir: the folder that holds the folder `name`.
+        data_dir: the folder that holds the folder `name`, on this machine or, gs:// alone, in a bucket.
         split: `train` or `val`.
 
     Attributes:
@@ -32,16 +37,18 @@ class Tfds:
         ValueError: it has another format, no such split or other features, or is damaged.
     """
 
-    def __init__(self, name: str, data_dir: str | Path, split: str):
+    def __init__(self, name: str, data_dir: str | Place, split: str):
         # Imported here, because it takes a second that other sources need not wait for.
         import tensorflow_datasets as tfds
 
-        folder = _newest_version(name, local(str(data_dir)))
-        try:
-            builder = tfds.builder_from_directory(folder)
-            features, splits = builder.info.features, builder.info.splits
-        except Exception as error:  # whatever the readers of two formats meet
-            raise _damaged(folder, error) from error
+        root = place(expand(str(data_dir)))
+        folder = _newest_in_bucket(name, root) if isinstance(root, Bucket) else _newest_version(name, root)
+        with _described(name, folder) as described:
+            try:
+                builder = tfds.builder_from_directory(described)
+                features, splits = builder.info.features, builder.info.splits
+            except Exception as error:  # whatever the readers of two formats meet
+                raise _damaged(folder, error) from error
         accepted = ("train",) if split == "train" else ("validation", "test")
         chosen = next((name for name in accepted if name in splits), None)
         if chosen is None:
@@ -52,9 +59,11 @@ class Tfds:
         self.num_classes = int(features["label"].num_classes)
         self.classes = list(features["label"].names)
         self._name = f"{name}/{chosen}"
-        self._files = [
-            (instruction.filename, instruction.take) for instruction in splits[chosen].file_instructions
+        instructions = [
+            dataclasses.replace(instruction, filename=str(folder / os.path.basename(instruction.filename)))
+            for instruction in splits[chosen].file_instructions
         ]
+        self._files = [(instruction.filename, instruction.take) for instruction in instructions]
         try:
             self._records = builder.as_data_source(chosen, decoders={"image": tfds.decode.SkipDecoding()})
         except NotImplementedError:
@@ -62,7 +71,12 @@ class Tfds:
                 f"{folder} holds {builder.info.file_format.value} files; prepare it as array_record "
                 "in another folder"
             ) from None
-        if missing := [os.path.basename(file) for file, _ in self._files if not os.path.exists(file)]:
+        if isinstance(folder, Bucket):
+            from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+            self._records.data_source = ArrayRecordDataSource(instructions)
+        there = folder.objects() if isinstance(folder, Bucket) else os.listdir(folder)
+        if missing := [name for file, _ in self._files if (name := os.path.basename(file)) not in there]:
             of = f"{len(missing)} of its {len(self._files)} files of {chosen}"
             raise FileNotFoundError(f"{folder} lacks {of}: {some(missing)}; {_ANEW}")
 
@@ -112,7 +126,39 @@ def _newest_version(name: str, data_dir: Path) -> Path:
     return versions[max(versions)]
 
 
-def _damaged(path: str | Path, error: Exception, part: str = "") -> ValueError:
+def _newest_in_bucket(name: str, root: Bucket) -> Bucket:
+    """Return the folder of a data set's newest version in a bucket likewise.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the bucket is of a kind that is not read.
+    """
+    if not str(root).startswith("gs://"):
+        raise ValueError(f"{root}: ArrayRecord files are read from disks and gs:// alone; mount the bucket")
+    versions = {
+        tuple(map(int, version.groups())): folder
+        for folder in root.folders(name)
+        if (version := _VERSION.fullmatch(folder))
+    }
+    if not versions:
+        raise FileNotFoundError(f"{name} is not prepared in {root}; copy it there from where it is")
+    return root / name / versions[max(versions)]
+
+
+@contextlib.contextmanager
+def _described(name: str, folder: Place) -> Iterator[str]:
+    """Yield a folder with what describes a data set, without its records."""
+    if not isinstance(folder, Bucket):
+        yield str(folder)
+        return
+    found = {file: entry for file, entry in folder.objects().items() if file.endswith((".json", ".txt"))}
+    with tempfile.TemporaryDirectory(prefix="tat_jax_") as copied:
+        here = Path(copied) / name / folder.name
+        folder.fetch(found, here)
+        yield str(here)
+
+
+def _damaged(path: str | Place, error: Exception, part: str = "") -> ValueError:
     """Return the error of a data set that cannot be read, which names it and the way out."""
     reason = re.split(r"[;\n]", str(error).strip())[0] or type(error).__name__
     return ValueError(f"{part}{path} cannot be read, it is damaged ({reason}); {_ANEW}")

@@ -6,7 +6,6 @@ Each other file of this folder that has `ARCHITECTURES` is a family of networks;
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,10 +14,11 @@ from flax import nnx
 from jaxtyping import DTypeLike
 from ml_collections import ConfigDict
 
+from tat_jax.buckets import Bucket, Place, place
 from tat_jax.fields import FOLDER, Field, Fields, Rule, numbers, or_none, whole
 from tat_jax.networks.architecture import Architecture
 from tat_jax.networks.view import MEAN, STD, View
-from tat_jax.weights import folders, store
+from tat_jax.weights import folders, remote, store
 from tat_jax.weights.store import StoredNetwork
 
 OwnNetwork: TypeAlias = nnx.Module | Callable[..., nnx.Module]  # one of the user's, or what builds it
@@ -138,12 +138,12 @@ def own(network: object, *, num_classes: int, seed: int) -> Network:
 
 
 def restore(
-    folder: str | Path, *, dtype: DTypeLike = "float32", network: OwnNetwork | None = None
+    folder: str | Place, *, dtype: DTypeLike = "float32", network: OwnNetwork | None = None
 ) -> Network:
     """Build the network of a folder of converted weights, of a checkpoint, or the best one of a run.
 
     Args:
-        folder: where it lies.
+        folder: where it lies, on this machine or in a bucket.
         dtype: the type of activations.
         network: one of your own, as `own` takes it, in which the weights are then.
 
@@ -151,7 +151,8 @@ def restore(
         FileNotFoundError: there is no network in `folder`.
         ValueError: what is there cannot be read, or is the weights of another network.
     """
-    stored = store.load_network(folders.network_folder(Path(folder)))
+    with remote.at_hand(place(folder)) as here:
+        stored = store.load_network(folders.network_folder(here))
     if network is not None:
         return restore_own(stored, network, source=str(folder))
     view = _view(_known(stored, folder).arguments, dtype=dtype, rngs=nnx.Rngs(0))
@@ -200,7 +201,7 @@ def find(architecture: str) -> Architecture:
     return ARCHITECTURES[architecture]
 
 
-def _known(stored: StoredNetwork, folder: str | Path) -> StoredNetwork:
+def _known(stored: StoredNetwork, folder: str | Place) -> StoredNetwork:
     if not stored.arguments:
         raise ValueError(
             f"{folder} holds a network of your own; name what builds it, as --student=mine.py:build"
@@ -211,11 +212,12 @@ def _known(stored: StoredNetwork, folder: str | Path) -> StoredNetwork:
 def _load(entry: Entry) -> StoredNetwork:
     """Read the network that an entry names, and check that it is the one it describes."""
     weights = entry["weights"]
+    folder = place(weights)
     try:
-        folder = folders.network_folder(Path(weights), entry["architecture"])
-        stored = _known(store.load_network(folder), weights)
+        with remote.at_hand(folder) as here:
+            stored = _known(store.load_network(folders.network_folder(here, entry["architecture"])), weights)
     except FileNotFoundError as error:
-        if Path(weights).exists():
+        if isinstance(folder, Bucket) or folder.exists():
             raise
         raise FileNotFoundError(
             f"no weights in {weights}; make them with: "
