@@ -184,10 +184,8 @@ class _Training:
         )
         self._evaluated = restored.position["evaluated"] if restored else True
         if restored and not restored.can_go_on and self._position.step < self._last_step:
-            raise ValueError(
-                f"{self._place} kept its networks alone (keep='networks') and cannot go on; "
-                "choose another --workdir"
-            )
+            kept = f"{self._place} kept its networks alone (keep='networks')"
+            raise ValueError(f"{kept} and cannot go on; choose another --workdir")
         if self.is_done() and not self._last_evaluation_is_logged():
             self._evaluated = False
         return restored
