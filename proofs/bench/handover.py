@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from tat_jax.data.image_folder import read
 from tat_jax.data.source import Example
 from tat_jax.data.transforms import random_resized_crop_box
 
@@ -31,8 +32,7 @@ class Asleep:
 
     def __getitem__(self, index: int) -> Example:
         path = self._files[index]
-        with open(path, "rb", buffering=0) as file:
-            file.read()
+        read(path)
         time.sleep(SECONDS)
         return Example(self._image, 0, path)
 

@@ -55,7 +55,14 @@ def measure(photos: list[Photograph]) -> list[Row]:
         if len(_cores()) > 1:
             rows += [
                 beside("training crops, two cores, beside torch", ours, torch_loader, cores=(2, 2)),
-                beside("training crops, two cores beside one", ours, ours, cores=(2, 1), bound=1.8),
+                beside("training crops, two threads beside one", ours, ours, cores=(2, 1), bound=1.8),
+                beside(
+                    "training crops, two processes beside one thread",
+                    ours_by_processes,
+                    ours,
+                    cores=(2, 1),
+                    bound=1.9,
+                ),
             ]
             what = f"handed over, {READERS} readers, two cores"
             handed_over = functools.partial(compare, files * HANDED_OVER, cores=(2, 2))
@@ -72,6 +79,12 @@ def ours(files: Files, cores: int, train: bool) -> None:
         pass
 
 
+def ours_by_processes(files: Files, cores: int, train: bool) -> None:
+    """Read an epoch by processes of one thread, one for each core."""
+    for _ in _pipeline(files, 1, train, cores).epoch(0):
+        pass
+
+
 def torch_loader(files: Files, cores: int, train: bool) -> None:
     """Read an epoch by a DataLoader in torchvision's way; on one core without workers, which is fastest."""
     for _ in _torch_loader(files, 0 if cores == 1 else cores, train):
@@ -85,8 +98,8 @@ def tf_data(files: Files, cores: int, train: bool) -> None:
 
 
 def processes(files: Files, cores: int, train: bool) -> None:
-    """Hand over an epoch of photographs whose decoding is a sleep, by processes of 16 threads each."""
-    _hand_over(files, READERS // 16, 16)
+    """Hand over an epoch of photographs whose decoding is a sleep, by a process for each core."""
+    _hand_over(files, cores, READERS // cores)
 
 
 def threads(files: Files, cores: int, train: bool) -> None:
@@ -147,7 +160,7 @@ class _TorchPhotographs(Dataset):
 
 
 @functools.cache
-def _pipeline(files: Files, threads: int, train: bool) -> Pipeline:
+def _pipeline(files: Files, threads: int, train: bool, processes: int = 0) -> Pipeline:
     return Pipeline(
         _Photographs(files),
         Classification(),
@@ -156,6 +169,7 @@ def _pipeline(files: Files, threads: int, train: bool) -> Pipeline:
         train=train,
         seed=0,
         threads=threads,
+        processes=processes,
     )
 
 
