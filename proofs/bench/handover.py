@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from tat_jax.data.image_folder import read
 from tat_jax.data.source import Example
 from tat_jax.data.transforms import random_resized_crop_box
 
@@ -18,12 +19,12 @@ HEIGHT, WIDTH = 375, 500  # as most of ImageNet's have
 
 
 class Asleep:
-    """Files that are read, and a sleep in place of decoding and resizing, which any number share."""
+    """A sleep in place of decoding and resizing files, which any number share; they are read or in memory."""
 
     num_classes = 1
 
-    def __init__(self, files: tuple[str, ...]):
-        self._files = files
+    def __init__(self, files: tuple[str, ...], read_files: bool):
+        self._files, self._read_files = files, read_files
         self._image = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
 
     def __len__(self) -> int:
@@ -31,8 +32,8 @@ class Asleep:
 
     def __getitem__(self, index: int) -> Example:
         path = self._files[index]
-        with open(path, "rb", buffering=0) as file:
-            file.read()
+        if self._read_files:
+            read(path)
         time.sleep(SECONDS)
         return Example(self._image, 0, path)
 

@@ -33,7 +33,7 @@ from tat_jax.tasks.classification import Classification
 
 BATCH = 64
 IMAGES = 1024  # an epoch at least; files are read again to fill it
-READERS, HANDED_OVER = 64, 8  # of that, times as many images
+READERS, HANDED_OVER = 64, 16  # of that, times as many images
 Files = tuple[str, ...]
 
 
@@ -55,20 +55,31 @@ def measure(photos: list[Photograph]) -> list[Row]:
         if len(_cores()) > 1:
             rows += [
                 beside("training crops, two cores, beside torch", ours, torch_loader, cores=(2, 2)),
-                beside("training crops, two cores beside one", ours, ours, cores=(2, 1), bound=1.8),
+                beside("training crops, two threads beside one", ours, ours, cores=(2, 1), bound=1.8),
+                beside(
+                    "training crops, two processes beside one thread",
+                    ours_by_processes,
+                    ours,
+                    cores=(2, 1),
+                    bound=1.9,
+                ),
             ]
-            what = f"handed over, {READERS} readers, two cores"
-            handed_over = functools.partial(compare, files * HANDED_OVER, cores=(2, 2))
-            rows += [
-                handed_over(f"{what}, threads beside one", threads, one_thread),
-                handed_over(f"{what}, processes beside threads", processes, threads),
-            ]
+            for where, read_files in (("in memory", False), ("read", True)):
+                ways = [functools.partial(way, read_files=read_files) for way in (processes, threads)]
+                what = f"handed over, files {where}, {READERS} readers, two cores, processes beside threads"
+                rows.append(compare(files * HANDED_OVER, what, *ways, cores=(2, 2)))
         return rows
 
 
 def ours(files: Files, cores: int, train: bool) -> None:
     """Read an epoch by `tat_jax.data.pipeline`; on one core in the caller's thread, as torch does."""
     for _ in _pipeline(files, 0 if cores == 1 else cores, train).epoch(0):
+        pass
+
+
+def ours_by_processes(files: Files, cores: int, train: bool) -> None:
+    """Read an epoch by processes of one thread, one for each core."""
+    for _ in _pipeline(files, 1, train, cores).epoch(0):
         pass
 
 
@@ -84,23 +95,18 @@ def tf_data(files: Files, cores: int, train: bool) -> None:
         pass
 
 
-def processes(files: Files, cores: int, train: bool) -> None:
-    """Hand over an epoch of photographs whose decoding is a sleep, by processes of 16 threads each."""
-    _hand_over(files, READERS // 16, 16)
+def processes(files: Files, cores: int, train: bool, read_files: bool) -> None:
+    """Hand over an epoch of photographs whose decoding is a sleep, by a process for each core."""
+    _hand_over(files, read_files, cores, READERS // cores)
 
 
-def threads(files: Files, cores: int, train: bool) -> None:
+def threads(files: Files, cores: int, train: bool, read_files: bool) -> None:
     """Hand over likewise, by threads of one process."""
-    _hand_over(files, 0, READERS)
+    _hand_over(files, read_files, 0, READERS)
 
 
-def one_thread(files: Files, cores: int, train: bool) -> None:
-    """Hand over likewise, by one thread."""
-    _hand_over(files, 0, 1)
-
-
-def _hand_over(files: Files, processes: int, threads: int) -> None:
-    for _ in _asleep(files, processes, threads).epoch(0):
+def _hand_over(files: Files, read_files: bool, processes: int, threads: int) -> None:
+    for _ in _asleep(files, read_files, processes, threads).epoch(0):
         pass
 
 
@@ -147,7 +153,7 @@ class _TorchPhotographs(Dataset):
 
 
 @functools.cache
-def _pipeline(files: Files, threads: int, train: bool) -> Pipeline:
+def _pipeline(files: Files, threads: int, train: bool, processes: int = 0) -> Pipeline:
     return Pipeline(
         _Photographs(files),
         Classification(),
@@ -156,13 +162,14 @@ def _pipeline(files: Files, threads: int, train: bool) -> Pipeline:
         train=train,
         seed=0,
         threads=threads,
+        processes=processes,
     )
 
 
 @functools.cache
-def _asleep(files: Files, processes: int, threads: int) -> Pipeline:
+def _asleep(files: Files, read_files: bool, processes: int, threads: int) -> Pipeline:
     return Pipeline(
-        Asleep(files),
+        Asleep(files, read_files),
         _Drawn(),
         base().data,
         batch_size=256,

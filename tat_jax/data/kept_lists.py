@@ -30,8 +30,11 @@ def list_folders(folders: list[str], passed: PassedOver) -> tuple[Paths, np.ndar
     kept = _read(place) if place else None
     if kept is None:
         within = PassedOver()
-        states: dict[str, tuple[int, ...]] = {}
-        lists = [list_images(folder, within, states) for folder in folders]
+        lists, states = [], {}
+        for folder in folders:
+            images, found_in = list_images(folder, within)
+            lists.append(images)
+            states.update(found_in)
         counts = np.array(list(map(len, lists)), np.int64)
         kept = Paths.of(list(chain.from_iterable(lists))), counts, within
         # What links lead to may come and go without a change of the folder that they lie in.

@@ -98,14 +98,17 @@ def leads_to(entry: os.DirEntry[str]) -> Literal["folder", "file", "else", "nowh
     return "nowhere" if entry.is_symlink() else "else"
 
 
-def list_images(folder: str, passed: PassedOver, states: dict[str, tuple[int, ...]]) -> list[str]:
+def list_images(folder: str, passed: PassedOver) -> tuple[list[str], dict[str, tuple[int, ...]]]:
     """Return the paths of the images in a folder and in all within it, in torchvision's order.
 
     Args:
         folder: links in it are followed, but for those that lead back to a folder around them.
         passed: is told of what is passed over.
-        states: is told of each folder in what `state` it was found.
+
+    Returns:
+        The paths, and the `state` in which each folder was found.
     """
+    states: dict[str, tuple[int, ...]] = {}
     found: list[tuple[str, list[str]]] = []
     waiting = [(folder, _around(folder))]
     while waiting:
@@ -141,7 +144,7 @@ def list_images(folder: str, passed: PassedOver, states: dict[str, tuple[int, ..
                 ending = os.path.splitext(entry.name)[1].lower() or "without ending"
                 passed.endings[ending if kind == "file" else f"{ending} that are no files"] += 1
         found.append((here, images))
-    return [os.path.join(here, name) for here, images in sorted(found) for name in sorted(images)]
+    return [os.path.join(here, name) for here, images in sorted(found) for name in sorted(images)], states
 
 
 def _around(folder: str) -> frozenset[tuple[int, int]]:

@@ -179,8 +179,9 @@ class Pipeline:
             order = order[spread(len(order), count)]
         for index in order[:count].tolist():
             example = self.source[index]
+            rng = random(self._seed, 0, 1 + index) if self._train else None
             try:
-                image, label = self._rows.make(example, 0, index)
+                image, label = self._rows.make(example, rng)
             except DecodeError:
                 if not self._data.skip_broken:
                     raise

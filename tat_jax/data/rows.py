@@ -78,13 +78,13 @@ class Rows:
             ValueError: a label is not of the task's kind.
         """
         skipped = {}
-        for row, index in enumerate(indices.tolist()):
+        for row, (index, rng) in enumerate(self._generators(epoch, indices.tolist())):
             label: Label = self._blank_label if labels is not None else None
             where[row] = index >= 0
             if index >= 0:
                 example = self.source[index]
                 try:
-                    images[row], label = self.make(example, epoch, index)
+                    images[row], label = self.make(example, rng)
                 except DecodeError:
                     if not self._data.skip_broken:
                         raise
@@ -96,8 +96,20 @@ class Rows:
                 labels[row] = label
         return skipped
 
-    def make(self, example: Example, epoch: int, index: int) -> tuple[np.ndarray, Label]:
+    def _generators(self, epoch: int, indices: list[int]) -> list[tuple[int, np.random.Generator | None]]:
+        """Return with each index what is random of its image."""
+        # All at once: after each image, what makes them would have left the core's caches.
+        return [
+            (index, random(self._seed, epoch, 1 + index) if self._train and index >= 0 else None)
+            for index in indices
+        ]
+
+    def make(self, example: Example, rng: np.random.Generator | None) -> tuple[np.ndarray, Label]:
         """Return an image and its label as they stand in a row.
+
+        Args:
+            example: the image.
+            rng: that of the image and its epoch; None as it is evaluated.
 
         Raises:
             DecodeError: the file is no image.
@@ -106,7 +118,6 @@ class Rows:
         image = example.image
         if isinstance(image, bytes):
             image = decode(image, example.name, _memory(), **self._decoding)
-        rng = random(self._seed, epoch, 1 + index) if self._train else None
         try:
             image, label = self._transform(image, example.label, rng, self._data)
             _check_label(label, self._blank_label)
@@ -119,7 +130,9 @@ class Rows:
 
 def random(seed: int, epoch: int, stream: int) -> np.random.Generator:
     """Return a generator of its own for the order (stream 0) and for each image of an epoch."""
-    return np.random.default_rng((seed, epoch, stream))
+    words = (seed, epoch, stream)
+    # The same numbers from an array, in three quarters of the time.
+    return np.random.default_rng(np.array(words, np.uint32) if max(words) < 2**32 else words)
 
 
 def _memory() -> np.ndarray:

@@ -29,8 +29,10 @@ _RETRY = 0.01  # seconds until a pipe that was full is tried again
 _PIECE = select.PIPE_BUF // TASK.size * TASK.size  # that a pipe takes whole or not at all
 # What a terminal or a scheduler sends to all processes of a job is for the one that trains to decide on.
 _NOT_FOR_READERS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-# The libraries of a process that reads would start threads of their own for each core.
-_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+# The libraries of a process that reads would start threads of their own for each core. What an image took of
+# memory is kept for the next one, up to what glibc allows: to get it anew costs as much as to read the file.
+_ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+_ENVIRONMENT |= {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
 _WORK = (
     "import sys; sys.path[:] = {path!r}; from tat_jax.data.worker import Files, work; "
     "work({parent}, Files({files}))"
@@ -235,7 +237,7 @@ def _start(files: Files) -> subprocess.Popen:
             [sys.executable, "-c", code],
             stdin=subprocess.DEVNULL,
             pass_fds=files,
-            env=os.environ | _ONE_THREAD,
+            env=os.environ | _ENVIRONMENT,
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
