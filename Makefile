@@ -1,4 +1,5 @@
-# make demo | make test | make proofs | make fidelity | make bench | make torture | make imagenet TARS=folder | make clean
+# make demo | make test | make proofs | make fidelity | make bench | make pods | make torture | make imagenet TARS=folder
+# | make clean
 PYTHON ?= python3
 # cuda12 where an NVIDIA driver answers, else cpu; `make demo ACCELERATOR=tpu` on a TPU.
 ACCELERATOR ?= $(shell nvidia-smi >/dev/null 2>&1 && echo cuda12 || echo cpu)
@@ -7,7 +8,7 @@ DATA ?= data/imagenet
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test proofs fidelity bench torture imagenet clean
+.PHONY: demo test proofs fidelity bench pods torture imagenet clean
 
 demo: $(VENV)/installed-$(ACCELERATOR)
 	$(BIN)/python main.py
@@ -37,6 +38,12 @@ bench: $(VENV)/installed-$(ACCELERATOR)-bench
 	$(BIN)/python -m proofs.bench.loop --json runs/bench/loop.json
 	$(BIN)/python -m proofs.bench.start --json runs/bench/start.json
 	$(BIN)/python -m proofs.bench.growth --input runs/bench/input.json --json runs/bench/growth.json --plot docs/growth.png
+
+# What pods of TPUs would take, by their compiler, into docs/pods.md; no TPU is needed. PARTS: some of v5e:2x4,
+# v5e:8x8, v6e:8x8, effort.
+pods: $(VENV)/installed-$(ACCELERATOR)-test
+	$(PIP) "jax[tpu]"
+	$(BIN)/python -m proofs.pods $(PARTS)
 
 # Kill, fill the disk, hand over hostile files …, and say what survives, two hours long. PARTS: some of kill,
 # preemption, elastic, processes, disk, strangers, endurance.

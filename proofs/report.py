@@ -6,10 +6,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow", "torch")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow", "torch", "libtpu")
+_MODULES = {"pillow": "PIL"}
 
 
 class Line(Protocol):
@@ -53,7 +55,9 @@ def write_between(document: Path, name: str, text: str) -> None:
 
 def circumstances() -> str:
     """Return on which day and with what is measured: versions, and the machine's kind."""
-    packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+    packages = ", ".join(
+        f"{name} {version(name)}" for name in _PACKAGES if find_spec(_MODULES.get(name, name))
+    )
     machine = f"Python {platform.python_version()}, {os.cpu_count()} cores ({platform.machine()})"
     return f"Measured on {datetime.now(UTC):%Y-%m-%d} with {packages}, {machine}."
 

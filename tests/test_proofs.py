@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from proofs import command
+from proofs import command, pods
 from proofs.fidelity import __main__ as fidelity
 from proofs.fidelity.claim import Claim
 from proofs.photographs import add_photos
@@ -33,7 +33,7 @@ def run(document, monkeypatch, *arguments):
     command.run_parts(command.make_parser(None), {"a": lambda _: [GOOD], "b": lambda _: [BAD]}, document)
 
 
-@pytest.mark.parametrize("proof", [fidelity, torture])
+@pytest.mark.parametrize("proof", [fidelity, pods, torture])
 def test_every_part_has_its_place_in_the_document(proof, tmp_path):
     copy = tmp_path / "copy.md"
     copy.write_text(proof.DOCUMENT.read_text())

@@ -121,7 +121,10 @@ def _statistics(
     count = reduce(weight, "g n -> g", "sum") * x.shape[2] * x.shape[3]
     weight = rearrange(weight, "g n -> g n 1 1 1")
     mean = reduce(x * weight, "g n h w c -> g c", "sum") / count[:, None]
-    deviation = x - rearrange(mean, "g c -> g 1 1 1 c")
+    # The variance's gradient by the mean, a sum of deviations, is zero: without it the backward pass reads
+    # activations once less. On a CPU it stays, so that runs of before continue bit by bit.
+    centre = jax.lax.platform_dependent(mean, cpu=lambda mean: mean, default=jax.lax.stop_gradient)
+    deviation = x - rearrange(centre, "g c -> g 1 1 1 c")
     var = reduce(deviation**2 * weight, "g n h w c -> g c", "sum") / count[:, None]
     return mean, var, count
 
