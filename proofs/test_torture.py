@@ -22,8 +22,8 @@ def test_sigterm_and_ctrl_c_save_and_end_and_a_second_one_leaves_at_once():
     assert_survived(preemption.faults(preemption.SIGNALS, epochs=12))
 
 
-def test_other_devices_continue_a_run_and_other_configs_are_shown_taken_or_refused():
-    assert_survived(elastic.faults())
+def test_a_run_continues_on_other_devices_and_with_other_threads(tmp_path):
+    assert_survived([elastic.device_fault(tmp_path)])
 
 
 @pytest.mark.parametrize("start", ["2 processes as on SLURM", "2 processes as on a TPU pod"])
@@ -49,7 +49,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.skipif(not disk.can_isolate(), reason="this machine lets nobody mount a small disk")
 def test_a_disk_that_is_full_or_read_only_or_loses_the_folder_costs_no_good_checkpoint(whole):
-    assert_survived(disk.run_faults(whole, sizes=("300k", "3m")))
+    assert_survived(disk.run_faults(whole, sizes=("3m",)))
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(whole):

@@ -1,6 +1,6 @@
 """What data, losses, tasks and the training step hand each other."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, UInt8
@@ -22,3 +22,7 @@ class Batch(NamedTuple):
     image: Images
     label: Labels | None
     where: Where
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return a part by its name, too, as scripts read batches that were dictionaries."""
+        return getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)

@@ -199,9 +199,8 @@ def _check_may_be_demo(folder: Place) -> None:
         raise ValueError(f"no run in {folder}: name a config with --config")
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if _MODE.value == "eval":
-        within = f", but of a study, {', '.join(there)}" if "teacher" in there else ""
-        raise ValueError(f"no run in {folder}{within}: name one with --workdir, or a config with --config")
-    if _MODE.value == "train" and there and "teacher" not in there:
+        raise ValueError(f"no run in {folder}: name one with --workdir, or a config with --config")
+    if _MODE.value == "train" and there and _WORKDIR.value is not None:
         raise ValueError(
             f"{folder} holds no run, but {', '.join(there[:3])}{' …' * (len(there) > 3)}: name the config "
             "with --config, or another --workdir"

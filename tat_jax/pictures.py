@@ -55,7 +55,7 @@ def plot_study(runs: Mapping[str, Sequence[Rows]], teacher: float | None, path: 
     figure = _figure(8, 5)
     axes = figure.subplots()
     if teacher is not None:
-        axes.axhline(100 * teacher, color="black", linestyle="--", label=f"teacher {teacher:.1%}")
+        axes.axhline(100 * teacher, color="black", linestyle="--", label=f"teacher {100 * teacher:.1f} %")
     for name, seeds in runs.items():
         epochs = _column(seeds[0], f"eval/{task.best}", by="epoch")[0]
         values = 100 * np.stack([_column(rows, f"eval/{task.best}")[1] for rows in seeds])

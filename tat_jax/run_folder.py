@@ -152,7 +152,7 @@ def _may_change(field: Field | None, before: Any, after: Any) -> bool:
 
 
 def read_config(folder: Place, fields: Fields) -> ConfigDict | None:
-    """Return the config with which the run in a folder was trained last; None where there is none.
+    """Return the config with which the run or study in a folder was trained last; None where there is none.
 
     Raises:
         ValueError: it is damaged.
@@ -169,6 +169,9 @@ def read_config(folder: Place, fields: Fields) -> ConfigDict | None:
     config = defaults(fields)
     try:
         said = json.loads(text)
+        if of_study := said.pop("study", None):
+            config.study = ConfigDict(of_study)  # which sorts what it holds
+            config.study.students = ConfigDict(of_study["students"], sort_keys=False)
         with config.ignore_type():  # None stands for values of any type
             config.update(said if "losses" in said else _with_losses(said))
     except (ValueError, AttributeError, KeyError, TypeError):

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tat_jax import evaluate, experiment, pictures, train
-from tat_jax.buckets import Bucket, Place, place
+from tat_jax import buckets, evaluate, experiment, pictures, run_folder, train
+from tat_jax.buckets import Bucket, Place
 from tat_jax.build import all_terms
 from tat_jax.fields import Field, Fields, Rule, whole, wrong
 from tat_jax.metrics import read_rows
@@ -67,7 +67,8 @@ def run(config: ConfigDict, folder: str | Place) -> str:
 
     Args:
         config: with `FIELDS` in its `study`.
-        folder: holds `teacher/`, `<variant>/seed<n>/`, `table.txt` and `curves.png` afterwards.
+        folder: holds `teacher/` and `<variant>/seed<n>/` afterwards, `config.json`, `table.txt` and
+            `curves.png`.
 
     Raises:
         ValueError: a run cannot be made; it is named. Nothing is written before all configs are known to be
@@ -76,15 +77,20 @@ def run(config: ConfigDict, folder: str | Place) -> str:
     folder = folder_of(folder)
     check(config)
     teacher, students = teacher_of(config), students_of(config, folder)
-    for name, trainings in {_TEACHER: [teacher] if teacher else [], **students}.items():
-        with _named(name):
-            for training in trainings:
-                experiment.check(training)
+    trainings = {folder / _TEACHER: teacher} if teacher else {}
+    trainings |= {
+        _place(folder, name, student): student for name, of_seeds in students.items() for student in of_seeds
+    }
+    for place, training in trainings.items():
+        with _named(place.relative_to(folder)):
+            experiment.check(training)
+            run_folder.changes(training, place, experiment.FIELDS)
+    _keep_config(config, folder)
     task = TASKS[config.task]()
     of_teacher = _measure_teacher(config, teacher, students, folder, task)
     rows = {}
-    for name, trainings in students.items():
-        rows[name] = [_train(training, folder / name / f"seed{training.seed}") for training in trainings]
+    for name, of_seeds in students.items():
+        rows[name] = [_train(student, folder, _place(folder, name, student)) for student in of_seeds]
     table = _table(task, of_teacher, rows)
     if jax.process_index() == 0:
         (folder / "table.txt").write_text(f"{table}\n")
@@ -98,10 +104,22 @@ def folder_of(named: str | Place) -> Path:
     Raises:
         ValueError: it is in a bucket, where only a run can be.
     """
-    folder = place(named)
+    folder = buckets.place(named)
     if isinstance(folder, Bucket):
         raise ValueError(f"{folder}: a study is kept on a disk; each of its runs alone may lie in a bucket")
     return folder
+
+
+def _keep_config(config: ConfigDict, folder: Path) -> None:
+    """Write the config into the study's folder, by which it continues without being named."""
+    kept = run_folder.read_config(folder, experiment.FIELDS)
+    if kept is not None and "study" not in kept:
+        raise ValueError(
+            f"{folder} holds a run, and a study goes into a folder of its own: choose another --workdir"
+        )
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    run_folder.write_config(config, folder, 0, changed=False)
 
 
 def check(config: ConfigDict) -> None:
@@ -143,7 +161,7 @@ def _variant(config: ConfigDict, changes: ConfigDict) -> ConfigDict:
 
 
 @contextmanager
-def _named(training: str) -> Iterator[None]:
+def _named(training: str | Path) -> Iterator[None]:
     """Add to an error of one of the trainings which one it is."""
     try:
         yield
@@ -151,11 +169,15 @@ def _named(training: str) -> Iterator[None]:
         raise ValueError(f"study, {training}: {error}") from error
 
 
-def _train(config: ConfigDict, folder: Path) -> list[dict[str, Any]]:
+def _place(folder: Path, name: str, student: ConfigDict) -> Path:
+    return folder / name / f"seed{student.seed}"
+
+
+def _train(config: ConfigDict, folder: Path, place: Path) -> list[dict[str, Any]]:
     """Train a student, and return the rows of its log."""
-    with _named(f"{folder.parent.name}/{folder.name}"):
-        train.run(config, folder)
-    return read_rows(folder)
+    with _named(place.relative_to(folder)):
+        train.run(config, place)
+    return read_rows(place)
 
 
 def _measure_teacher(

@@ -6,14 +6,13 @@ import time
 
 import pytest
 
-from proofs.bench import growth, loop, loss, sidebyside
+from proofs.bench import growth, loss, sidebyside
 from proofs.bench import input as bench_input
 from proofs.bench.growth import Machine, estimate, plot
 from proofs.bench.sidebyside import Row, compare_times
 from proofs.bench.step import roofline
 from proofs.photographs import photographs
 from proofs.report import table
-from tat_jax.configs import r18_r34
 
 
 def test_the_loss_is_compared_at_once_and_beside_pytorch_and_written_as_json(tmp_path, monkeypatch, capsys):
@@ -97,17 +96,6 @@ def test_growth_is_drawn(tmp_path):
     devices = [{"devices": n, "images on each": i, "MiB": 1.0} for n in (1, 2) for i in (2, 8)]
     plot(batches, positions, devices, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_training_is_compared_with_its_bare_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(sidebyside, "_PAUSE", 0)
-    config = r18_r34.get_config("smoke")
-    config.data.image_size = config.data.eval_resize = 32
-    config.student.width = config.teacher.width = 2
-    row = loop.measure_one("training", config, steps=2, bound=0.97, rounds=1)
-    assert (row.name, row.bound, row.unit) == ("training", 0.97, "images/s")
-    assert row.ours > 0
-    assert row.rival > 0
 
 
 @pytest.mark.parametrize(("moved", "binds", "bound"), [(10.0, "operations", 20.0), (100.0, "memory", 4.0)])

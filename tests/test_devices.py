@@ -1,13 +1,19 @@
 """Neither the number of devices nor that of processes changes what is computed."""
 
+import re
+
 import jax
 import pytest
+from flax import nnx
 
 from proofs.compiled_step import blank_rows, compile_step
 from proofs.fidelity import collectives, counts, ddp, devices
 from proofs.program import Layout
 from tat_jax import sharding
+from tat_jax.build import build
 from tat_jax.configs import r18_r34
+from tat_jax.evaluate import jit_eval_step
+from tat_jax.step import jit_train_step
 from tests.claims import broken
 
 
@@ -39,6 +45,22 @@ def test_what_devices_send_does_not_grow_with_the_batch():
         sent.append(step.bytes_sent())
     assert sent[0] == sent[1]
     assert min(sent[0]) > 0
+
+
+def test_the_steps_lower_for_gpus_and_tpus_and_never_call_the_host():
+    config = r18_r34.get_config("smoke")
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    built = build(config, mesh, num_classes=10, steps_per_epoch=1)
+    (batch,) = sharding.put_batches([blank_rows(config)], mesh)
+    graph, student = nnx.split(built.student.view)
+    training = jit_train_step(built.recipe, mesh).trace(built.state, built.teacher, batch)
+    evaluation = jit_eval_step(mesh).trace(graph, built.recipe.task, student, batch)
+    for platform in ("cuda", "tpu"):
+        for traced in (training, evaluation):
+            text = traced.lower(lowering_platforms=(platform,)).as_text()
+            assert "stablehlo.convolution" in text
+            assert "callback" not in text
+            assert re.findall(r"custom_call @(\w+)", text) == []
 
 
 def test_evaluation_counts_every_image_once_whatever_the_devices():

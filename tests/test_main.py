@@ -216,12 +216,10 @@ def test_an_evaluation_of_a_checkpoint_alone_has_the_config_of_its_run(checkpoin
 
 def test_without_a_config_and_a_run_it_is_the_demonstration_and_said(here):
     (here / "empty").mkdir()
-    (here / "study" / "teacher").mkdir(parents=True)
     for arguments, folder in (
         ([], "runs/digits"),
         (["--workdir=new"], "new"),
         (["--workdir=empty"], "empty"),
-        (["--workdir=study"], "study"),
     ):
         demo = read(*arguments, "--config.seed=1")
         assert (demo.config.study.seeds, demo.config.seed, str(demo.folder)) == ((0, 1, 2), 1, folder)
@@ -232,12 +230,6 @@ def test_without_a_config_and_a_run_it_is_the_demonstration_and_said(here):
 def test_the_demonstration_goes_into_no_folder_of_something_else(here):
     (here / "photographs" / "cat").mkdir(parents=True)
     assert refusal("--workdir=photographs").startswith("photographs holds no run, but cat: name the config")
-
-
-def test_an_evaluation_of_a_study_names_its_runs(here):
-    for name in ("teacher", "kd"):
-        (here / "study" / name).mkdir(parents=True)
-    assert "of a study, kd, teacher: name one" in refusal("--mode=eval", "--workdir=study")
 
 
 @pytest.mark.parametrize("given", [["--config", "r18_r34"], ["--config=r18_r34"], ["-config=r18_r34"]])

@@ -199,6 +199,11 @@ class TestPipeline:
         )
         assert done.stdout.strip() == "done"
 
+    def test_the_parts_of_a_batch_go_by_name_and_by_number(self):
+        batch = next(iter(make(Photographs(4), batch_size=4).epoch(0)))
+        assert batch["image"] is batch.image is batch[0]
+        assert batch["where"] is batch.where is batch[-1]
+
     def test_files_and_arrays_give_the_same(self):
         arrays = Photographs(5)
         files = Photographs(5, {i: encode(photograph(10, 12, seed=i), "PNG") for i in range(5)})

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tat_jax import evaluate, study, train
+from tat_jax import evaluate, experiment, run_folder, study, train
 from tat_jax.configs import base, compare, digits
 from tat_jax.metrics import read_rows
 
@@ -73,11 +73,28 @@ def test_a_study_that_is_done_is_not_done_again(done, capsys):
     assert "continues" not in said
 
 
+def test_a_study_continues_by_the_config_in_its_folder(done):
+    config, folder, _ = done
+    kept = run_folder.read_config(folder, experiment.FIELDS)
+    assert list(kept.study.students) == ["kd", "alone"]
+    assert json.loads(kept.to_json()) == json.loads(config.to_json())
+
+
+def test_a_study_and_a_run_do_not_go_into_each_other_s_folder(done):
+    config, folder, _ = done
+    with pytest.raises(ValueError, match=r"teacher holds a run, and a study goes into a folder of its own"):
+        study.run(config, folder / "teacher")
+    with pytest.raises(ValueError, match=r"holds a run of another config; choose another --workdir"):
+        train.run(study.config_of_training(config), folder)
+
+
 def test_students_of_another_teacher_are_not_mixed_with_those_of_before(done):
-    _, folder, _ = done
+    config, folder, _ = done
     other = config_of({"kd": KD, "alone": {}}, teacher=TEACHER | {"seed": 1}, seeds=(0, 1))
     with pytest.raises(ValueError, match=r"study, teacher: .* holds a run of another config"):
         study.run(other, folder)
+    kept = run_folder.read_config(folder, experiment.FIELDS)
+    assert json.loads(kept.to_json()) == json.loads(config.to_json())
     (folder / "teacher").rename(folder / "before")
     message = r"study, kd/seed0: .*was trained under another teacher: the SHA-256"
     with pytest.raises(ValueError, match=message):
@@ -128,12 +145,12 @@ def test_what_a_study_may_not_say_is_named(tmp_path, said, message):
         (
             {"alone": {}, "kd": {"losses": {"kd": {"temperature": -1.0}}}},
             TEACHER,
-            "study, kd: in the config, ",
+            "study, kd/seed0: in the config, ",
         ),
         (
             {"kd": {"optimiser": {"lr": 1}}},
             TEACHER,
-            "study, kd: .*optimiser is no field; did you mean optimizer",
+            "study, kd/seed0: .*optimiser is no field; did you mean optimizer",
         ),
         ({"alone": {}}, {"epochs": "many"}, "study, teacher: .*epochs='many': allowed is a whole number"),
     ],

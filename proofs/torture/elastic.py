@@ -24,10 +24,12 @@ _REFUSED = {
 def faults() -> list[Fault]:
     """Move a run from 8 devices to 2 and to 1, and change its config."""
     with tempfile.TemporaryDirectory() as temporary:
-        return [_devices(Path(temporary)), *_configs(Path(temporary))]
+        folder = Path(temporary)
+        return [device_fault(folder), *_configs(folder)]
 
 
-def _devices(folder: Path) -> Fault:
+def device_fault(folder: Path) -> Fault:
+    """Move a run from 8 devices to 2 and to 1, in a folder."""
     whole, moved = folder / "whole", folder / "moved"
     options = (rounding.RATE, "--config.epochs=4", "--config.bn_group=2")
     finish(whole, *options, devices=8)
