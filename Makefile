@@ -39,7 +39,7 @@ bench: $(VENV)/installed-$(ACCELERATOR)-bench
 	$(BIN)/python -m proofs.bench.growth --input runs/bench/input.json --json runs/bench/growth.json --plot docs/growth.png
 
 # Kill, fill the disk, hand over hostile files …, and say what survives, two hours long. PARTS: some of kill,
-# preemption, elastic, processes, disk, strangers, endurance.
+# preemption, elastic, processes, disk, buckets, strangers, endurance.
 torture: $(VENV)/installed-$(ACCELERATOR)-test
 	$(BIN)/python -m proofs.torture $(if $(PHOTOS),--photos $(PHOTOS)) $(PARTS)
 
