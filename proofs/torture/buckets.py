@@ -103,13 +103,14 @@ def _killed(place: _Place, scheme: str, kills: int) -> Fault:
     """Kill a run at random moments after its first checkpoint of this start, and start it again."""
     rng, name = np.random.default_rng(0), f"killed_{scheme}"
     wrong = []
-    for i in range(kills):
+    for _ in range(kills):
+        saved = place.steps(name)
         run = place.run(name, scheme=scheme)
         run.wait_until(lambda run=run: " devices " in run.output, "its first step")  # type: ignore[misc]
         time.sleep(rng.uniform(0, 4))
         run.process.send_signal(signal.SIGKILL)
         run.wait()
-        if i and place.steps(name) and "starts" in run.output.split("\n")[0]:
+        if saved and f"{name}: starts" in run.output:
             wrong.append("started anew")
     place.run(name, scheme=scheme).finish()
     return judge(f"SIGKILL, {scheme}://, run again", kills, wrong + place.differences(name))
