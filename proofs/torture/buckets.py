@@ -100,7 +100,7 @@ def _each(every: int, place: _Place) -> bool:
 
 
 def _killed(place: _Place, scheme: str, kills: int) -> Fault:
-    """Kill a run at random moments after its first checkpoint of this start, and start it again."""
+    """Kill a run at random moments soon after it is built, and start it again."""
     rng, name = np.random.default_rng(0), f"killed_{scheme}"
     wrong = []
     for _ in range(kills):
