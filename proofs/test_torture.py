@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from proofs.report import table
-from proofs.torture import disk, elastic, endurance, kill, preemption, processes
+from proofs.torture import buckets, disk, elastic, endurance, kill, preemption, processes
 from proofs.torture.small_run import finish
 
 
@@ -37,6 +37,10 @@ def test_each_of_two_processes_names_its_own_half_of_a_batch_that_is_no_number()
 
 def test_when_one_process_dies_the_other_ends_and_both_continue_exactly():
     assert_survived(processes.kill_faults((1,)))
+
+
+def test_a_run_in_a_bucket_goes_on_elsewhere_and_in_processes_that_share_no_disk():
+    assert_survived(buckets.faults_in_short())
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tat_jax import evaluate, experiment, pictures, run_folder, train
-from tat_jax.buckets import Bucket, Place, place
+from tat_jax import buckets, evaluate, experiment, pictures, run_folder, train
+from tat_jax.buckets import Bucket, Place
 from tat_jax.build import all_terms
 from tat_jax.fields import Field, Fields, Rule, whole, wrong
 from tat_jax.metrics import read_rows
@@ -81,10 +81,10 @@ def run(config: ConfigDict, folder: str | Place) -> str:
     trainings |= {
         _place(folder, name, student): student for name, of_seeds in students.items() for student in of_seeds
     }
-    for run_of, training in trainings.items():
-        with _named(run_of.relative_to(folder)):
+    for place, training in trainings.items():
+        with _named(place.relative_to(folder)):
             experiment.check(training)
-            run_folder.changes(training, run_of, experiment.FIELDS)
+            run_folder.changes(training, place, experiment.FIELDS)
     _keep_config(config, folder)
     task = TASKS[config.task]()
     of_teacher = _measure_teacher(config, teacher, students, folder, task)
@@ -98,6 +98,18 @@ def run(config: ConfigDict, folder: str | Place) -> str:
     return f"\n{table}\n"
 
 
+def folder_of(named: str | Place) -> Path:
+    """Return the folder of a study.
+
+    Raises:
+        ValueError: it is in a bucket, where only a run can be.
+    """
+    folder = buckets.place(named)
+    if isinstance(folder, Bucket):
+        raise ValueError(f"{folder}: a study is kept on a disk; each of its runs alone may lie in a bucket")
+    return folder
+
+
 def _keep_config(config: ConfigDict, folder: Path) -> None:
     """Write the config into the study's folder, by which it continues without being named."""
     kept = run_folder.read_config(folder, experiment.FIELDS)
@@ -108,18 +120,6 @@ def _keep_config(config: ConfigDict, folder: Path) -> None:
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     run_folder.write_config(config, folder, 0, changed=False)
-
-
-def folder_of(named: str | Place) -> Path:
-    """Return the folder of a study.
-
-    Raises:
-        ValueError: it is in a bucket, where only a run can be.
-    """
-    folder = place(named)
-    if isinstance(folder, Bucket):
-        raise ValueError(f"{folder}: a study is kept on a disk; each of its runs alone may lie in a bucket")
-    return folder
 
 
 def check(config: ConfigDict) -> None:

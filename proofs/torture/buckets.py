@@ -89,21 +89,28 @@ def faults(kills: int = 10) -> list[Fault]:
         ]
 
 
+def faults_in_short() -> list[Fault]:
+    """Stop a run, start one without credentials, and kill one of two processes."""
+    with _place() as place:
+        return [_stopped(place), _without_credentials(place), _in_two_processes(place, victims=(1,))]
+
+
 def _each(every: int, place: _Place) -> bool:
     return len(place.emulator.faults.requests) % every == 0
 
 
 def _killed(place: _Place, scheme: str, kills: int) -> Fault:
-    """Kill a run at random moments after its first checkpoint of this start, and start it again."""
+    """Kill a run at random moments soon after it is built, and start it again."""
     rng, name = np.random.default_rng(0), f"killed_{scheme}"
     wrong = []
-    for i in range(kills):
+    for _ in range(kills):
+        saved = place.steps(name)
         run = place.run(name, scheme=scheme)
         run.wait_until(lambda run=run: " devices " in run.output, "its first step")  # type: ignore[misc]
         time.sleep(rng.uniform(0, 4))
         run.process.send_signal(signal.SIGKILL)
         run.wait()
-        if i and place.steps(name) and "starts" in run.output.split("\n")[0]:
+        if saved and f"{name}: starts" in run.output:
             wrong.append("started anew")
     place.run(name, scheme=scheme).finish()
     return judge(f"SIGKILL, {scheme}://, run again", kills, wrong + place.differences(name))
@@ -165,8 +172,8 @@ def _without_credentials(place: _Place) -> Fault:
     return judge("no credentials", 1, wrong, "nothing; told in a line")
 
 
-def _in_two_processes(place: _Place) -> Fault:
-    """Run in two processes, kill either when a checkpoint is saved, and compare with two on one disk."""
+def _in_two_processes(place: _Place, victims: Sequence[int] = (0, 1)) -> Fault:
+    """Run in two processes, kill one when a checkpoint is saved, and compare with two on one disk."""
 
     def start(name: str) -> Sequence[Run]:
         together = by_address(2)
@@ -179,7 +186,7 @@ def _in_two_processes(place: _Place) -> Fault:
 
     _finish(lambda: on_disk("two_whole"))
     wrong = []
-    for victim in (0, 1):
+    for victim in victims:
         name = f"victim{victim}"
         runs = start(name)
         runs[0].wait_until(lambda name=name: place.steps(name), "a checkpoint")  # type: ignore[misc]
@@ -190,7 +197,7 @@ def _in_two_processes(place: _Place) -> Fault:
         if "continues from step" not in again[0].output:
             wrong.append("started anew")
         wrong += differences(place.fetched(name), place.folder / "two_whole")
-    return judge("SIGKILL to either of 2 processes without a shared disk, run again", 2, wrong)
+    return judge("SIGKILL to one of 2 processes without a shared disk, run again", len(victims), wrong)
 
 
 def _finish(start: Callable[[], Sequence[Run]]) -> Sequence[Run]:
