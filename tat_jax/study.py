@@ -117,6 +117,14 @@ def check(config: ConfigDict) -> None:
     """
     if lines := list(wrong(FIELDS, config.study.to_dict(), "study.")):
         raise ValueError("in the config, " + "\n  ".join(lines))
+    for name, changes in config.study.students.items():
+        if "seed" in changes:
+            raise ValueError(f"study, {name}: its seed does nothing, study.seeds are those of every student")
+        if _TEACHER in config.study and "weights" in changes.get("teacher", {}):
+            raise ValueError(
+                f"study, {name}: its teacher.weights do nothing, as study.teacher is trained and teaches "
+                "every student; leave that out of the study, and name the teacher of each"
+            )
 
 
 def teacher_of(config: ConfigDict) -> ConfigDict | None:

@@ -116,7 +116,7 @@ class _Training:
         self._step_fn = jit_train_step(built.recipe, mesh)
         self._agreement = sharding.Agreement(mesh)
         source = data.source
-        self._provenance = provenance.provenance_of(class_names(source), built.teacher)
+        self._provenance = provenance.provenance_of(class_names(source), built.teacher, len(eval_data.source))
         self._usage = usage_of(config, built.student, source.num_classes, class_names(source))
         self._open = contextlib.ExitStack()
 

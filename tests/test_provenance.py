@@ -1,6 +1,7 @@
 """A run goes on with the classes and the teacher with which it began; classes are compared where known."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def test_another_teacher_is_refused_by_the_digest_of_its_weights():
 
 def test_another_version_of_the_code_is_told():
     assert changes(versions={"jax": "1"}) == ["jax: 1 there, 2 now"]
+
+
+def test_other_images_to_validate_are_told():
+    now = {**NOW, "to_validate": 8}
+    (line,) = provenance.changes({**NOW, "to_validate": 6}, now, "runs/mine")
+    assert line == "images to validate: 6 there, 8 now, and `best` compares accuracies on both"
+    assert provenance.changes(now, now, "runs/mine") == provenance.changes(NOW, now, "runs/mine") == []
 
 
 @pytest.mark.parametrize(
@@ -168,6 +176,16 @@ def test_an_evaluation_is_of_the_network_s_own_classes(root):
     shutil.copytree(root / "train" / "cow", root / "train" / "yak")
     with pytest.raises(ValueError, match="it knows 3 classes, the data 4; name data of its own"):
         evaluated()
+
+
+def test_an_evaluation_at_another_size_than_the_network_was_trained_for_says_so(root, capsys):
+    config = config_of(root)
+    evaluate.run(config, root / "run", "last", student=student)
+    assert "note" not in capsys.readouterr().err
+    config.data.eval_resize = config.data.image_size + 4
+    evaluate.run(config, root / "run", "last", student=student)
+    said = r"note: .* was trained for shorter_side 18, centre 16; its images have shorter_side 20, centre 16 "
+    assert re.search(said, capsys.readouterr().err)
 
 
 def test_a_teacher_s_logits_are_compared_where_its_classes_are_the_data_s(trained):

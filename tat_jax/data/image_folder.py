@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from tat_jax.data.listing import EXTENSIONS, PassedOver, is_image, leads_to, list_images
+from tat_jax.data.listing import EXTENSIONS, PassedOver, identity, is_image, leads_to, list_images
 from tat_jax.data.source import SPLITS, Example, Source, printable, some
 from tat_jax.paths import local
 
@@ -68,6 +68,7 @@ class ImageFolder:
                 empty.append(str(root / split / folder_name))
         self.notes = passed.lines(split)
         _check_all_were_read(root, passed, empty, self.notes)
+        self.notes += _notes_of_links(root, split, found, trained)
         self.notes += _notes_of_classes(root, split, found, trained, has_ids)
 
     @classmethod
@@ -202,6 +203,28 @@ def _check_all_were_read(root: Path, passed: PassedOver, empty: list[str], lines
     if empty:
         what = "".join(f"; {line}" for line in lines)
         raise FileNotFoundError(f"no images in {some(empty)} ({' '.join(EXTENSIONS)}){what}")
+
+
+def _notes_of_links(root: Path, split: str, found: dict[str, str], trained: dict[str, str]) -> list[str]:
+    """Return what to note of class folders of `val` that are folders of `train` under another path.
+
+    Raises:
+        ValueError: two classes of the split are one folder, whose images would be of both.
+    """
+    places: dict[tuple[int, int], str] = {}
+    for name, folder_name in found.items():
+        first = places.setdefault(identity(str(root / split / folder_name)), name)
+        if first != name:
+            raise ValueError(
+                f"{root / split} has two classes that are one folder, {printable(first)} and "
+                f"{printable(name)}: its images would be of both; remove the link that is wrong"
+            )
+    if split == "train":
+        return []
+    same = [
+        name for name, folder_name in trained.items() if identity(str(root / "train" / folder_name)) in places
+    ]
+    return [f"{split} and train share the folders of their images: {some(same)}"] if same else []
 
 
 def _notes_of_classes(
