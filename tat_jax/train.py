@@ -339,6 +339,7 @@ class _Training:
                 f"{self._folder}: {self._describe_start(restored)}",
                 *(f"  damaged  {line}" for line in (restored.set_aside if restored else ())),
                 *(f"  changed  {line}" for line in differences),
+                *(["           and nothing was trained with it"] if differences and self.is_done() else []),
                 *summarize(self._config, self._built, self._data, self._eval_data, self._mesh),
             ]
         )

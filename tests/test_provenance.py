@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from tat_jax import check, evaluate, provenance, sharding, train
+from tat_jax import check, evaluate, provenance, sharding, summary, train
 from tat_jax.build import build
 from tat_jax.configs import base
 from tat_jax.networks import Network, own
@@ -232,6 +232,24 @@ def test_a_kill_while_the_training_is_dropped_damages_no_checkpoint(root, monkey
     train_under(teacher_of(0), root, keep="networks")
     assert not (root / "run" / "damaged").exists()
     assert not (root / "run" / "checkpoints" / "1" / "training").exists()
+
+
+def test_what_changes_of_a_finished_run_is_said_to_have_trained_nothing(root, capsys):
+    train_under(teacher_of(0), root)  # which changes data.root
+    capsys.readouterr()
+    train_under(teacher_of(0), root)
+    assert "nothing was trained" not in capsys.readouterr().out
+    train_under(teacher_of(0), root, log_every=3)
+    assert re.search(r"changed  log_every: .*\n +and nothing was trained with it\n", capsys.readouterr().out)
+
+
+def test_batches_that_are_too_few_for_an_update_are_told():
+    config = base.base()
+    config.epochs, config.optimizer.accumulate = 5, 4
+    (line,) = summary.left_over(config, 3)
+    assert line.startswith("the last 3 of 15 batches train nothing, as they are fewer than the optimizer.acc")
+    config.epochs = 4
+    assert summary.left_over(config, 3) == []
 
 
 def test_more_batches_an_update_than_there_are_would_train_nothing(trained):
