@@ -90,8 +90,9 @@ def main(_: list[str]) -> None:
         processes = jax.process_count()
         if processes > 1:
             faulthandler.disable()  # JAX aborts the processes that outlive one, and says so
-        if experiment.origin and jax.process_index() == 0:
-            print(experiment.origin, file=sys.stderr)
+        if jax.process_index() == 0:
+            for line in (*filter(None, [experiment.origin]), *_unread()):
+                print(line, file=sys.stderr)
         if _TOPOLOGY.value is None:  # of devices that are not here JAX cannot read what it has kept
             _cache_programs()
         _run(experiment)
@@ -175,7 +176,21 @@ def read_experiment() -> Experiment:
             origin = f"without --config: the demonstration, {config_files.DEMO}"
     overrides.apply(config, _OVERRIDES, experiment.FIELDS)
     config_files.expand_paths(config)
+    names = [override.name for override in _OVERRIDES]
+    if "teacher.weights" in names and "teacher" in config.get("study", {}):
+        raise ValueError(
+            "--config.teacher.weights does nothing in a study that trains its own, as study.teacher says; "
+            "one of your own without that takes the config's, see configs/compare.py"
+        )
     return Experiment(config, folder, origin)
+
+
+def _unread() -> list[str]:
+    """Return what of the command line an evaluation does not read and might be thought to."""
+    names = sorted({override.name for override in _OVERRIDES if override.name.startswith("student.")})
+    if _MODE.value != "eval" or not names:
+        return []
+    return [f"note: {', '.join(names)}: not read, the network is that of --checkpoint={_checkpoint()}"]
 
 
 def _folder() -> Place:

@@ -127,6 +127,11 @@ def _run(file: Path) -> ModuleType:
         raise ValueError(f"{file} is a folder; --config takes a file, and --workdir the folder of a run")
     if not file.exists():
         raise ValueError(f"no file {file}")
+    if file.suffix == ".json":
+        raise ValueError(
+            f"{file} is no file of Python; what a run was trained with is taken up without --config, by "
+            f"--workdir {file.parent}"
+        )
     loader = SourceFileLoader("config_file", str(file))
     spec = spec_from_loader(loader.name, loader)
     assert spec

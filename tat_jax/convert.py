@@ -1,6 +1,7 @@
 """PyTorch's weights in, and a student's weights out: `python -m tat_jax.convert --help`."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -123,6 +124,7 @@ def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> No
 
 
 if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"  # which does it all, wherever the training is to be
     outputs.keep()
     signals.act_at_once()
     main()

@@ -20,7 +20,7 @@ from tat_jax.buckets import Place
 from tat_jax.data.pipeline import Pipeline, open_pipeline
 from tat_jax.data.source import class_names, notes
 from tat_jax.metrics import progress
-from tat_jax.networks import OwnNetwork
+from tat_jax.networks import Network, OwnNetwork
 from tat_jax.tasks import TASKS
 from tat_jax.tasks.task import Task
 from tat_jax.usage import other_classes
@@ -73,12 +73,21 @@ def run(
         raise ValueError(f"{named} has a head that was never trained: its logits mean nothing")
     if wrong := other_classes(network, pipeline.source.num_classes, class_names(pipeline.source)):
         raise ValueError(f"{named} has other classes: {wrong}; name data of its own")
-    show = jax.process_index() == 0
-    for line in notes(pipeline.source) if show else ():
+    show, task = jax.process_index() == 0, TASKS[config.task]()
+    for line in (*notes(pipeline.source), *_other_sizes(network, named, task, config)) if show else ():
         print(f"note: {line}", file=sys.stderr)
     graph, state = nnx.split(network.view)
     state = jax.device_put(state, sharding.replicated(mesh))
-    return evaluate(graph, state, TASKS[config.task](), pipeline, mesh, show=show)
+    return evaluate(graph, state, task, pipeline, mesh, show=show)
+
+
+def _other_sizes(network: Network, named: str, task: Task, config: ConfigDict) -> list[str]:
+    """Return what is to be noted where a network was trained for images of other sizes than the config's."""
+    known, here = network.usage.get("image"), task.sizes(config.data)
+    if not known or known == here:
+        return []
+    then, now = (", ".join(f"{name} {size}" for name, size in sizes.items()) for sizes in (known, here))
+    return [f"{named} was trained for {then}; its images have {now} here (data.image_size, data.eval_resize)"]
 
 
 def evaluate(

@@ -17,16 +17,20 @@ Provenance = dict[str, Any]
 _PACKAGES = ("tat-jax", "jax", "flax", "optax")
 
 
-def provenance_of(classes: Sequence[str] | None, teacher: nnx.State | None) -> Provenance:
+def provenance_of(
+    classes: Sequence[str] | None, teacher: nnx.State | None, to_validate: int | None = None
+) -> Provenance:
     """Return what a run is made of, as JSON has it.
 
     Args:
         classes: the names of the classes by label; None where the data has none.
         teacher: the arrays of its view, of which the SHA-256 is kept; None where no loss term uses it.
+        to_validate: how many images accuracies are of.
     """
     return {
         "classes": None if classes is None else list(classes),
         "teacher": None if teacher is None else digest(flatten(teacher)),
+        "to_validate": to_validate,
         "versions": {name: _version(name) for name in _PACKAGES},
     }
 
@@ -53,8 +57,14 @@ def changes(before: Mapping[str, Any], now: Provenance, folder: Place) -> list[s
             f"{folder} was trained under another teacher: the SHA-256 of its weights was {was[:8]}…, it is "
             f"{teacher[:8]}… now; name the former weights, or choose another --workdir"
         )
+    lines = []
+    images, validated = before.get("to_validate"), now.get("to_validate")
+    if images and validated and images != validated:
+        lines.append(
+            f"images to validate: {images:,} there, {validated:,} now, and `best` compares accuracies on both"
+        )
     versions: Mapping[str, str] = before.get("versions", {})
-    return [
+    return lines + [
         f"{name}: {versions[name]} there, {version} now"
         for name, version in now["versions"].items()
         if versions.get(name, version) != version

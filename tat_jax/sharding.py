@@ -1,6 +1,5 @@
 """The devices as one axis, `data`, and the two ways an array lies on them."""
 
-import contextlib
 import functools
 import os
 import sys
@@ -49,8 +48,16 @@ def start_processes() -> None:
                 raise ValueError(f"of {', '.join(_BY_HAND)} either all or none must be set")
             _join(address, int(count), int(index))
         else:
-            with contextlib.suppress(ValueError) if not in_cluster else contextlib.nullcontext():
+            try:
                 _join()
+            except ValueError as error:
+                if in_cluster:
+                    said = " and ".join(f"{n}={os.environ[n]}" for n in _CLUSTER_SIZES if n in os.environ)
+                    raise ValueError(
+                        f"{said}: this job has several processes, and srun or mpirun, which start them, "
+                        "did not start this one; start it so, or alone by: "
+                        f"env {' '.join(f'-u {name}' for name in _CLUSTER_SIZES)} COMMAND"
+                    ) from error
     finally:
         waiting.cancel()
 

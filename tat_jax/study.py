@@ -130,6 +130,14 @@ def check(config: ConfigDict) -> None:
     """
     if lines := list(wrong(FIELDS, config.study.to_dict(), "study.")):
         raise ValueError("in the config, " + "\n  ".join(lines))
+    for name, changes in config.study.students.items():
+        if "seed" in changes:
+            raise ValueError(f"study, {name}: its seed does nothing, study.seeds are those of every student")
+        if _TEACHER in config.study and "weights" in changes.get("teacher", {}):
+            raise ValueError(
+                f"study, {name}: its teacher.weights do nothing, as study.teacher is trained and teaches "
+                "every student; leave that out of the study, and name the teacher of each"
+            )
 
 
 def teacher_of(config: ConfigDict) -> ConfigDict | None:
@@ -173,11 +181,11 @@ def _place(folder: Path, name: str, student: ConfigDict) -> Path:
     return folder / name / f"seed{student.seed}"
 
 
-def _train(config: ConfigDict, folder: Path, run_of: Path) -> list[dict[str, Any]]:
+def _train(config: ConfigDict, folder: Path, place: Path) -> list[dict[str, Any]]:
     """Train a student, and return the rows of its log."""
-    with _named(run_of.relative_to(folder)):
-        train.run(config, run_of)
-    return read_rows(run_of)
+    with _named(place.relative_to(folder)):
+        train.run(config, place)
+    return read_rows(place)
 
 
 def _measure_teacher(

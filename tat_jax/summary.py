@@ -13,7 +13,8 @@ from tat_jax.quantities import count
 def summarize(config: ConfigDict, built: Built, data: Pipeline, eval_data: Pipeline, mesh: Mesh) -> list[str]:
     """Return a line for each part of a training, and one for each thing to note about fields and images."""
     student = built.student
-    to_note = (*experiment.notes(config), *notes(data.source), *notes(eval_data.source))
+    of_images = (*notes(data.source), *notes(eval_data.source))
+    to_note = (*experiment.notes(config), *left_over(config, data.steps_per_epoch), *of_images)
     steps = count(data.steps_per_epoch, "step")
     return [
         f"  student  {student.name} from {student.origin['source']}, head {student.origin['head']}",
@@ -36,3 +37,14 @@ def _rate(config: ConfigDict, built: Built, steps_per_epoch: int) -> str:
         return f"{most} at every step"
     rises = "" if most in (first, last) else f", {most} at most"
     return f"{first} at the first step{rises}, {last} at the last"
+
+
+def left_over(config: ConfigDict, steps_per_epoch: int) -> list[str]:
+    """Return what to note of the last batches of a training, where they are too few for an update."""
+    batches, each = config.epochs * steps_per_epoch, config.optimizer.accumulate
+    if not batches % each:
+        return []
+    return [
+        f"the last {batches % each:,} of {batches:,} batches train nothing, as they are fewer than the "
+        f"optimizer.accumulate={each} of an update"
+    ]

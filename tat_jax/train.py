@@ -115,7 +115,7 @@ class _Training:
         self._step_fn = jit_train_step(built.recipe, mesh)
         self._agreement = sharding.Agreement(mesh)
         source = data.source
-        self._provenance = provenance.provenance_of(class_names(source), built.teacher)
+        self._provenance = provenance.provenance_of(class_names(source), built.teacher, len(eval_data.source))
         self._usage = usage_of(config, built.student, source.num_classes, class_names(source))
         self._open = contextlib.ExitStack()
 
@@ -339,6 +339,7 @@ class _Training:
                 f"{self._place}: {self._describe_start(restored)}",
                 *(f"  damaged  {line}" for line in (restored.set_aside if restored else ())),
                 *(f"  changed  {line}" for line in differences),
+                *(["           and nothing was trained with it"] if differences and self.is_done() else []),
                 *summarize(self._config, self._built, self._data, self._eval_data, self._mesh),
             ]
         )

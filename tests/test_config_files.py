@@ -116,3 +116,9 @@ def test_home_and_variables_are_found_in_every_path_also_of_a_study(named, monke
     assert config.data.root == str(tmp_path / "images")
     assert config.teacher.weights == "/scratch/run"
     assert config.study.teacher.student.weights == str(tmp_path / "run")
+
+
+def test_the_config_of_a_run_is_taken_up_by_its_folder(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": false}')
+    with pytest.raises(ValueError, match=f"without --config, by --workdir {tmp_path}$"):
+        config_files.load(str(tmp_path / "config.json"))

@@ -433,3 +433,18 @@ def test_a_layer_of_one_s_own_whose_layout_pytorch_has_otherwise_is_not_exported
         names.export_entries(network, Network())
     with pytest.raises(ValueError, match="a network of your own; name what builds it, as --student mine"):
         names.export_entries(network)
+
+
+def test_a_conversion_needs_no_accelerator(tmp_path, state_dict):
+    torch.save(state_dict, tmp_path / "own.pth")
+    arguments = ["resnet18", f"--from={tmp_path / 'own.pth'}", f"--to={tmp_path / 'own'}", "--head=fresh"]
+    for given in (arguments, ["--export", str(tmp_path / "again.safetensors"), str(tmp_path / "own")]):
+        run_python(
+            f"""
+            import os, runpy, sys
+            os.environ["JAX_PLATFORMS"] = "nonsense"
+            sys.argv = ["convert", *{given}]
+            runpy.run_module("tat_jax.convert", run_name="__main__")
+            """
+        )
+    assert (tmp_path / "again.safetensors").exists()

@@ -211,6 +211,21 @@ def test_without_a_config_it_is_that_of_the_run_with_what_the_command_line_says(
         assert (str(folder), origin) == ("run", "without --config: that of the run, run/config.json")
 
 
+def test_what_an_evaluation_does_not_read_is_told(here):
+    write_run(here / "run")
+    read("--workdir=run", "--mode=eval", "--config.student.weights=runs/other", "--config.data.root=/nowhere")
+    assert cli._unread() == ["note: student.weights: not read, the network is that of --checkpoint=best"]
+    flags.FLAGS.unparse_flags()
+    read("--workdir=run", "--config.student.weights=runs/other")
+    assert cli._unread() == []
+
+
+def test_a_teacher_that_a_study_would_not_take_is_refused():
+    assert refusal("--config=compare", "--config.teacher.weights=runs/teacher").startswith(
+        "--config.teacher.weights does nothing in a study that trains its own"
+    )
+
+
 def test_a_config_that_is_named_goes_before_that_of_the_run(here):
     write_run(here / "run", seed=3)
     config, _, origin = read("--workdir=run", "--config=r18_r34")

@@ -1,6 +1,7 @@
 """A run goes on with the classes and the teacher with which it began; classes are compared where known."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from tat_jax import check, evaluate, provenance, sharding, train
+from tat_jax import check, evaluate, provenance, sharding, summary, train
 from tat_jax.build import build
 from tat_jax.configs import base
 from tat_jax.networks import Network, own
@@ -49,6 +50,13 @@ def test_another_teacher_is_refused_by_the_digest_of_its_weights():
 
 def test_another_version_of_the_code_is_told():
     assert changes(versions={"jax": "1"}) == ["jax: 1 there, 2 now"]
+
+
+def test_other_images_to_validate_are_told():
+    now = {**NOW, "to_validate": 8}
+    (line,) = provenance.changes({**NOW, "to_validate": 6}, now, "runs/mine")
+    assert line == "images to validate: 6 there, 8 now, and `best` compares accuracies on both"
+    assert provenance.changes(now, now, "runs/mine") == provenance.changes(NOW, now, "runs/mine") == []
 
 
 @pytest.mark.parametrize(
@@ -170,6 +178,16 @@ def test_an_evaluation_is_of_the_network_s_own_classes(root):
         evaluated()
 
 
+def test_an_evaluation_at_another_size_than_the_network_was_trained_for_says_so(root, capsys):
+    config = config_of(root)
+    evaluate.run(config, root / "run", "last", student=student)
+    assert "note" not in capsys.readouterr().err
+    config.data.eval_resize = config.data.image_size + 4
+    evaluate.run(config, root / "run", "last", student=student)
+    said = r"note: .* was trained for shorter_side 18, centre 16; its images have shorter_side 20, centre 16 "
+    assert re.search(said, capsys.readouterr().err)
+
+
 def test_a_teacher_s_logits_are_compared_where_its_classes_are_the_data_s(trained):
     network = own(teacher_of(0), num_classes=3, seed=0)
     network = network._replace(usage={"num_classes": 3, "classes": ["ant", "bee", "cow"]})
@@ -214,6 +232,24 @@ def test_a_kill_while_the_training_is_dropped_damages_no_checkpoint(root, monkey
     train_under(teacher_of(0), root, keep="networks")
     assert not (root / "run" / "damaged").exists()
     assert not (root / "run" / "checkpoints" / "1" / "training").exists()
+
+
+def test_what_changes_of_a_finished_run_is_said_to_have_trained_nothing(root, capsys):
+    train_under(teacher_of(0), root)  # which changes data.root
+    capsys.readouterr()
+    train_under(teacher_of(0), root)
+    assert "nothing was trained" not in capsys.readouterr().out
+    train_under(teacher_of(0), root, log_every=3)
+    assert re.search(r"changed  log_every: .*\n +and nothing was trained with it\n", capsys.readouterr().out)
+
+
+def test_batches_that_are_too_few_for_an_update_are_told():
+    config = base.base()
+    config.epochs, config.optimizer.accumulate = 5, 4
+    (line,) = summary.left_over(config, 3)
+    assert line.startswith("the last 3 of 15 batches train nothing, as they are fewer than the optimizer.acc")
+    config.epochs = 4
+    assert summary.left_over(config, 3) == []
 
 
 def test_more_batches_an_update_than_there_are_would_train_nothing(trained):

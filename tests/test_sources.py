@@ -111,6 +111,13 @@ class TestImageFolder:
         (root / "val").symlink_to(root / "train")
         source = ImageFolder(root, "val")
         assert [source[i].label for i in range(len(source))] == [0, 1, 1]
+        assert source.notes == ["val and train share the folders of their images: ant, bee"]
+
+    def test_two_classes_that_are_one_folder_are_refused(self, folder):
+        root = folder("train/ant/1.jpg", "train/bee/1.jpg")
+        (root / "train/cat").symlink_to("ant")
+        with pytest.raises(ValueError, match=r"/train has two classes that are one folder, ant and cat: its"):
+            ImageFolder(root, "train")
 
     def test_hidden_files_and_folders_are_passed_over_and_told_of(self, folder):
         root = folder("train/ant/1.jpg", "train/bee/._1.jpg", "train/bee/1.jpg", "train/bee/.old/2.jpg")

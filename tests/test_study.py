@@ -129,6 +129,11 @@ def test_a_study_of_students_that_need_no_teacher_has_none(done, tmp_path):
         ({"students": {"teacher": {}}}, r"study.students=.*: allowed is by names"),
         ({"students": {"a/b": {}}}, r"study.students=.*: allowed is by names"),
         ({"studens": {}}, "study.studens is no field; did you mean study.students?"),
+        ({"students": {"kd": {"seed": 3}}}, "study, kd: its seed does nothing, study.seeds are"),
+        (
+            {"students": {"kd": {"teacher": {"weights": "runs/other"}}}},
+            "study, kd: its teacher.weights do nothing, as study.teacher is trained",
+        ),
     ],
 )
 def test_what_a_study_may_not_say_is_named(tmp_path, said, message):

@@ -179,9 +179,13 @@ class TestGrey:
             tiff((RAMP.astype(int) - 32768).astype(">i2")),
             tiff(65535 - RAMP, white_is_zero=True),
             tiff(RAMP // 16, bits=12),
+            b"P5 60 40 4095\n" + (RAMP // 16).astype(">u2").tobytes(),
             encode(RAMP, "TIFF", compression="tiff_lzw"),
         ],
-        ids=["PNG", "PGM", "II", "MM", "II signed", "MM signed", "white is zero", "12 bits", "compressed"],
+        ids=[
+            *("PNG", "PGM", "II", "MM", "II signed", "MM signed", "white is zero", "12 bits"),
+            *("PGM of 12 bits", "compressed"),
+        ],
     )
     def test_of_16_bits_spreads_from_the_least_to_the_greatest_of_its_type(self, data):
         seen = decode(data, "xray")
@@ -204,6 +208,18 @@ class TestGrey:
         seen = decode(tiff(levels), "xray", grey_range=(black, white))
         expected = np.clip((levels.astype(float) - black) / (white - black), 0, 1) * 255
         assert np.abs(seen[..., 0] - expected).max() <= 0.501
+
+    @pytest.mark.parametrize("said", [{}, {"grey_range": (0, 4095)}], ids=["unsaid", "said"])
+    @pytest.mark.parametrize("kind", ["P2", "P5"])
+    def test_a_pgm_has_the_levels_that_are_written_in_it(self, kind, said):
+        levels = RAMP // 16
+        data = levels.astype(">u2").tobytes() if kind == "P5" else b" ".join(b"%d" % n for n in levels.flat)
+        seen = decode(b"%s 60 40 4095\n%s" % (kind.encode(), data), "xray", **said)
+        assert np.abs(seen[..., 0] - levels * (255 / 4095)).max() <= 0.501
+
+    def test_of_8_bits_with_a_sign_begins_at_the_least(self):
+        levels = (RAMP // 256).astype(int) - 128
+        np.testing.assert_array_equal(decode(tiff(levels.astype(np.int8)), "a")[..., 0], levels + 128)
 
     @pytest.mark.parametrize(
         ("levels", "kind"),

@@ -8,6 +8,7 @@ from PIL import Image, TiffImagePlugin
 
 _WHITE_IS_ZERO = 0  # of a TIFF's photometric interpretations
 _UNSIGNED, _SIGNED = 1, 2  # of its sample formats
+_STRETCHED = 65535  # where Pillow has the white of a PGM, whatever it says
 
 
 def to_rgb(image: Image.Image, grey_range: tuple[float, float] | None) -> UInt8[np.ndarray, "height width 3"]:
@@ -21,10 +22,12 @@ def to_rgb(image: Image.Image, grey_range: tuple[float, float] | None) -> UInt8[
     Raises:
         ValueError: the levels are floats or of 32 bits, whose types reach too far, or some are no numbers.
     """
-    if not (image.mode in ("I", "F") or image.mode.startswith("I;16")):
+    is_signed = image.mode == "L" and _tag(image, TiffImagePlugin.SAMPLEFORMAT) == _SIGNED
+    if not (image.mode in ("I", "F") or image.mode.startswith("I;16") or is_signed):
         return np.asarray(image.convert("RGB"))
-    black, white = grey_range or _range_of_type(image)
-    levels = _levels(image)
+    most = _most_of_pgm(image)
+    black, white = grey_range or ((0.0, most) if most else _range_of_type(image))
+    levels = _levels(image, most)
     if np.isnan(levels).any():
         raise ValueError("some of its grey levels are no numbers")
     levels -= black
@@ -35,9 +38,20 @@ def to_rgb(image: Image.Image, grey_range: tuple[float, float] | None) -> UInt8[
     return np.repeat(grey[..., None], 3, axis=-1)
 
 
-def _levels(image: Image.Image) -> np.ndarray:
-    """Return the grey levels as floats that hold them exactly."""
+def _most_of_pgm(image: Image.Image) -> int | None:
+    """Return which level a PGM says is white, where that is not the greatest of 16 bits; else None."""
+    tiles: Any = getattr(image, "tile", ())
+    arguments = tiles[0].args if tiles and image.format == "PPM" and image.mode == "I" else None
+    return arguments[1] if isinstance(arguments, tuple) else None
+
+
+def _levels(image: Image.Image, most: int | None) -> np.ndarray:
+    """Return the grey levels as floats that hold them exactly; of a PGM that says so, `most` is white."""
     levels = np.asarray(image)
+    if most:
+        return np.rint(levels * (most / _STRETCHED))
+    if image.mode == "L":  # of signed levels, which Pillow takes for others
+        return levels.view(np.int8).astype(np.float32)
     if image.mode not in ("I", "F"):
         return levels.astype(np.float32)
     if image.mode == "I" and _tag(image, TiffImagePlugin.SAMPLEFORMAT, _UNSIGNED) == _UNSIGNED:
@@ -52,7 +66,7 @@ def _range_of_type(image: Image.Image) -> tuple[float, float]:
         ValueError: they say nothing of those it holds.
     """
     bits = _tag(image, TiffImagePlugin.BITSPERSAMPLE, 16)  # what is no TIFF has no other deep ones
-    if image.mode == "F" or bits not in (12, 16):
+    if image.mode == "F" or bits not in (8, 12, 16):
         kind = "floats" if image.mode == "F" else f"whole numbers of {bits} bits"
         raise ValueError(
             f"its grey levels are {kind}; say which of them are black and white, as in "

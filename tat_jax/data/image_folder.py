@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from tat_jax.buckets import Bucket, Place, place
 from tat_jax.data import bucket_folder
 from tat_jax.data.kept_lists import list_folders
-from tat_jax.data.listing import EXTENSIONS, PassedOver, Paths, is_image, leads_to
+from tat_jax.data.listing import EXTENSIONS, PassedOver, Paths, identity, is_image, leads_to
 from tat_jax.data.source import SPLITS, Example, Source, printable, some
 from tat_jax.paths import expand
 
@@ -72,6 +72,8 @@ class ImageFolder:
         empty = [folder for folder, count in zip(folders, counts, strict=True) if not count]
         self.notes = passed.lines(split)
         _check_all_were_read(root, passed, empty, self.notes)
+        if not isinstance(root, Bucket):
+            self.notes += _notes_of_links(root, split, found, trained)
         self.notes += _notes_of_classes(root, split, found, trained, has_ids)
 
     @classmethod
@@ -235,6 +237,28 @@ def _check_all_were_read(root: Place, passed: PassedOver, empty: list[str], line
     if empty:
         what = "".join(f"; {line}" for line in lines)
         raise FileNotFoundError(f"no images in {some(empty)} ({' '.join(EXTENSIONS)}){what}")
+
+
+def _notes_of_links(root: Path, split: str, found: dict[str, str], trained: dict[str, str]) -> list[str]:
+    """Return what to note of class folders of `val` that are folders of `train` under another path.
+
+    Raises:
+        ValueError: two classes of the split are one folder, whose images would be of both.
+    """
+    places: dict[tuple[int, int], str] = {}
+    for name, folder_name in found.items():
+        first = places.setdefault(identity(str(root / split / folder_name)), name)
+        if first != name:
+            raise ValueError(
+                f"{root / split} has two classes that are one folder, {printable(first)} and "
+                f"{printable(name)}: its images would be of both; remove the link that is wrong"
+            )
+    if split == "train":
+        return []
+    same = [
+        name for name, folder_name in trained.items() if identity(str(root / "train" / folder_name)) in places
+    ]
+    return [f"{split} and train share the folders of their images: {some(same)}"] if same else []
 
 
 def _notes_of_classes(

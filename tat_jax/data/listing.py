@@ -133,11 +133,11 @@ def list_images(folder: str, passed: PassedOver) -> tuple[list[str], dict[str, t
                 if kind == "folder" or is_image(entry.name):
                     passed.hidden.append(entry.path)
             elif kind == "folder":
-                identity = _identity(entry.path)
-                if identity in around and entry.is_symlink():
+                here_is = identity(entry.path)
+                if here_is in around and entry.is_symlink():
                     passed.back.append(entry.path)
                 else:
-                    waiting.append((entry.path, around | {identity}))
+                    waiting.append((entry.path, around | {here_is}))
             elif kind == "file" and is_image(entry.name):
                 images.append(entry.name)
             else:
@@ -154,7 +154,7 @@ def _around(folder: str) -> frozenset[tuple[int, int]]:
         while path not in paths:
             paths.add(path)
             path = os.path.dirname(path)
-    return frozenset(map(_identity, paths))
+    return frozenset(map(identity, paths))
 
 
 def state(folder: str) -> tuple[int, ...]:
@@ -166,7 +166,7 @@ def state(folder: str) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
-def _identity(path: str) -> tuple[int, int]:
+def identity(path: str) -> tuple[int, int]:
     """Return what two names of the same folder have in common; of one that is gone, nothing."""
     try:
         status = os.stat(path)

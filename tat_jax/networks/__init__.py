@@ -49,7 +49,11 @@ FIELDS: Fields = {
         Rule(" or ".join(map(repr, ARCHITECTURES)), lambda value: value in list(ARCHITECTURES)),
         "of the network",
     ),
-    "weights": Field(RANDOM, FOLDER, "a folder of converted weights, a run, or 'random'"),
+    "weights": Field(
+        RANDOM,
+        FOLDER._replace(allowed=f"{FOLDER.allowed}; or {RANDOM!r}"),
+        "a folder of converted weights, a run, or 'random'",
+    ),
     **_OF_FAMILIES,
     **_OF_VIEW,
 }
