@@ -47,7 +47,7 @@ def export(
         student: a network of your own, as in `train.run`, where the folder holds weights of one.
 
     Raises:
-        FileExistsError: `path`, or the JSON file beside it, exists.
+        FileExistsError: `path` exists, or the JSON file beside it and says something else.
         OSError: it cannot be written; nothing is left of it.
         ValueError: the file's ending is another one, or `run` has no checkpoints to choose from.
         ModuleNotFoundError: a `.pth` is asked for, and PyTorch is not installed.
@@ -55,9 +55,8 @@ def export(
     if path.suffix not in (".pth", ".safetensors"):
         raise ValueError(f"{path} ends neither in .pth nor in .safetensors")
     usage = path.with_suffix(".json")
-    for file in (path, usage):
-        if file.exists():
-            raise FileExistsError(f"{file} exists already; remove it or name another file")
+    if path.exists():
+        raise _exists(path)
     with remote.at_hand(run) as here:
         if checkpoint and folders.is_network(here):
             raise ValueError(f"{run} is one network, not a run: leave out --checkpoint {checkpoint}")
@@ -66,10 +65,16 @@ def export(
         named = str(folder).replace(str(here), str(run), 1)
     own = networks.restore_own(network, student, source=named).view.network if student else None
     entries = export_entries(network, own)
+    if network.usage and usage.exists() and usage.read_bytes() != as_json(network.usage):
+        raise _exists(usage)
     _write(path, safetensors.numpy.save(entries) if path.suffix == ".safetensors" else _pth(entries))
     if network.usage:
         _write(usage, as_json(network.usage))
     return Exported(len(entries), named, network.origin["head"], usage if network.usage else None)
+
+
+def _exists(file: Path) -> FileExistsError:
+    return FileExistsError(f"{file} exists already; remove it or name another file")
 
 
 def _pth(entries: Entries) -> bytes:

@@ -132,7 +132,8 @@ class _Training:
                 opened.callback(data.close)
             of_parts = provenance.changes(read_provenance(folder), self._provenance, place)
             restored = self._restore()
-            run_folder.write_config(config, folder, self._position.step, changed=bool(of_config))
+            if not (of_config and self.is_done()):  # nothing is trained with what changed
+                run_folder.write_config(config, folder, self._position.step, changed=bool(of_config))
             if self._show:
                 (folder / "usage.json").write_bytes(as_json(self._usage))
                 print(self._summary(restored, of_config + of_parts), flush=True)
@@ -174,10 +175,8 @@ class _Training:
         images = len(self._data.source)
         restored = self._checkpoints.restore(self._built.state)
         if restored and restored.position["images"] != images:
-            there = restored.position["images"]
-            raise ValueError(
-                f"{self._place} was trained on {there:,} images, and data.root holds {images:,} now"
-            )
+            there = f"{self._place} was trained on {restored.position['images']:,} images"
+            raise ValueError(f"{there}, and data.root holds {images:,} now")
         self._state = restored.state if restored else self._built.state
         self._position = Position(
             int(self._state.step), self._data.steps_per_epoch, images, self._config.batch_size

@@ -12,6 +12,7 @@ from flax import nnx
 from tat_jax import check, evaluate, provenance, sharding, summary, train
 from tat_jax.build import build
 from tat_jax.configs import base
+from tat_jax.export import export
 from tat_jax.networks import Network, own
 from tat_jax.usage import other_classes
 from tests.images import encode, photograph
@@ -202,6 +203,23 @@ def test_a_teacher_s_logits_are_compared_where_its_classes_are_the_data_s(traine
             student=student,
             teacher=network,
         )
+
+
+def test_exports_of_a_run_share_what_is_said_of_its_use_and_no_other_s(root, tmp_path):
+    export(root / "run", tmp_path / "s.safetensors", student=student)
+    export(root / "run", tmp_path / "s.pth", student=student)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"other\.json exists already"):
+        export(root / "run", tmp_path / "other.pth", student=student)
+    assert not (tmp_path / "other.pth").exists()
+
+
+def test_a_finished_run_keeps_the_config_that_it_was_trained_with(root):
+    before = (root / "run" / "config.json").read_text()
+    config = config_of(root)
+    config.optimizer.learning_rate = 0.5
+    train.run(config, root / "run", student=student, teacher=teacher_of(0))
+    assert (root / "run" / "config.json").read_text() == before
 
 
 def test_a_finished_run_keeps_what_is_asked_for(root):

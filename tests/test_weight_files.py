@@ -255,6 +255,13 @@ def test_a_head_is_missing_only_where_it_is_and_never_taken_from_another_network
     assert_holds(converted(path, prefix="teacher"), weights)
 
 
+def test_a_part_of_the_body_is_not_called_one_without_a_head(weights, tmp_path):
+    part = dict(list(weights.items())[:-10])
+    with pytest.raises(ValueError, match=r"does not hold this network:\n  missing: ") as error:
+        converted(saved(part, tmp_path / "model-00001-of-00003.pth"))
+    assert "fresh" not in str(error.value)
+
+
 def test_what_is_left_out_is_said(weights, tmp_path):
     assert converted(lightning(weights, tmp_path)).origin["taken"] == (
         "taken from 'state_dict.net.'; left out: 'state_dict.criterion.weight', "

@@ -60,7 +60,7 @@ def convert_entries(
     entries, taken = _of_network(entries, architecture, prefix=prefix, ema=ema, source=source)
     if fresh_head:
         entries = {name: array for name, array in entries.items() if name not in head}
-    elif not any(name in entries for name in head):
+    elif not any(name in entries for name in head) and _body(architecture) <= entries.keys():
         raise ValueError(f"{source} has no head ({', '.join(head)}); --head fresh starts one afresh")
     empty = [name for name, array in entries.items() if not array.size]
     if empty:  # Its shape may claim any width and any number of classes.
