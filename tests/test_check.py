@@ -389,7 +389,7 @@ def test_a_loss_that_begins_with_nothing_holds(find):
 
 
 def test_less_memory_than_the_step_needs_is_named(find, monkeypatch):
-    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000})
+    device = SimpleNamespace(platform="cpu", memory_stats=lambda: {"bytes_limit": 1000})
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     hold, found = find(config_of())
     assert not hold

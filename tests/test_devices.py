@@ -77,9 +77,3 @@ def test_processes_started_by_hand_need_address_number_and_index(monkeypatch, na
     monkeypatch.setenv(name, "1")
     with pytest.raises(ValueError, match="either all or none must be set"):
         sharding.start_processes()
-
-
-def test_a_process_that_nothing_of_a_cluster_started_is_told_how_to_start(monkeypatch):
-    monkeypatch.setenv("SLURM_NTASKS", "2")  # as in a shell of salloc
-    with pytest.raises(ValueError, match=r"^SLURM_NTASKS=2: .* or alone by: env -u SLURM_NTASKS "):
-        sharding.start_processes()

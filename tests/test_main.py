@@ -133,6 +133,11 @@ def test_a_mistake_is_named_in_a_line(arguments, message, here):
             "JAX_PLATFORMS=nonsense, .*there are cpu",
         ),
         (["--config=r18_r34:smoke"], {"JAX_ENABLE_X64": "maybe"}, "error: .*JAX_ENABLE_X64"),
+        (
+            ["--config=r18_r34:smoke"],
+            {"SLURM_NTASKS": "2"},  # as in a shell of salloc
+            "error: SLURM_NTASKS=2: .* or alone by: env -u SLURM_NTASKS ",
+        ),
     ],
 )
 def test_the_command_says_what_is_wrong_without_a_stack_trace_and_leaves_nothing(
