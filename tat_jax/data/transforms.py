@@ -21,6 +21,10 @@ _MAX_PIXELS = 89_478_485
 # A progressive JPEG has ten. Each further one may be a few bytes, and costs a pass over all pixels.
 _SCAN, _MAX_SCANS = b"\xff\xda\0", 100
 _TIFF = (b"II*\0", b"MM\0*")  # how its files begin
+_UNREAD_TIFF = (
+    "a TIFF of a kind that is not read, as of 64-bit floats, float colours or other than one, three or four "
+    "channels, or a damaged one"
+)
 # As wide as what it shrinks: antialias.
 _BILINEAR = ResizeOptions(resize_alg=ResizeAlg.convolution(FilterType.bilinear))
 
@@ -96,12 +100,8 @@ def decode(
                 rgb = to_rgb(opened, grey_range)
                 return _turn_upright(rgb, opened) if exif_orientation else rgb
     except Image.UnidentifiedImageError:
-        if image.startswith(_TIFF):
-            raise DecodeError(
-                f"{name}: a TIFF of a kind that is not read, as of 64-bit floats, float colours or other "
-                "than one, three or four channels, or a damaged one"
-            ) from None
-        raise DecodeError(f"{name}: not an image; it begins with {image[:16]!r}") from None
+        unread = _UNREAD_TIFF if image.startswith(_TIFF) else f"not an image; it begins with {image[:16]!r}"
+        raise DecodeError(f"{name}: {unread}") from None
     except Exception as error:
         raise DecodeError(f"{name}: {error}") from error
     raise DecodeError(f"{name}: {max(pixels, tile):,} pixels, more than the {_MAX_PIXELS:,} allowed")
