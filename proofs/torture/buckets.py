@@ -18,7 +18,6 @@ from proofs.torture.fault import Fault, judge
 from proofs.torture.small_run import Run, differences, finish
 from tests.emulator import Emulator, Faults
 
-_EPOCHS = "--config.epochs=20"
 _UNAVAILABLE = ("503 Service Unavailable", "SlowDown")
 _GONE = ("404 Not Found", "NoSuchBucket")
 
@@ -26,10 +25,11 @@ _GONE = ("404 Not Found", "NoSuchBucket")
 class _Place:
     """A bucket, the runs in it, and the uninterrupted run that they are compared with."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, epochs: int):
         self.emulator = Emulator()
         self.folder = folder
-        finish(folder / "whole", _EPOCHS)
+        self.epochs = f"--config.epochs={epochs}"
+        finish(folder / "whole", self.epochs)
 
     def run(
         self, name: str, *, scheme: str = "s3", environment: Environment | None = None, host: int = 0
@@ -37,7 +37,7 @@ class _Place:
         """Start a process of a run on one of several hosts."""
         return Run(
             self.folder / name,
-            _EPOCHS,
+            self.epochs,
             environment={
                 **(self.emulator.environment if environment is None else environment),
                 "XDG_CACHE_HOME": str(self.folder / f"cache{host}"),
@@ -64,9 +64,9 @@ class _Place:
 
 
 @contextmanager
-def _place() -> Iterator[_Place]:
+def _place(epochs: int = 20) -> Iterator[_Place]:
     with tempfile.TemporaryDirectory() as temporary:
-        place = _Place(Path(temporary))
+        place = _Place(Path(temporary), epochs)
         try:
             yield place
         finally:
@@ -91,7 +91,7 @@ def faults(kills: int = 10) -> list[Fault]:
 
 def faults_in_short() -> list[Fault]:
     """Stop a run, start one without credentials, and kill one of two processes."""
-    with _place() as place:
+    with _place(epochs=8) as place:
         return [_stopped(place), _without_credentials(place), _in_two_processes(place, victims=(1,))]
 
 
@@ -182,7 +182,7 @@ def _in_two_processes(place: _Place, victims: Sequence[int] = (0, 1)) -> Fault:
         ]
 
     def on_disk(name: str) -> Sequence[Run]:
-        return [Run(place.folder / name, _EPOCHS, environment=e) for e in by_address(2)]
+        return [Run(place.folder / name, place.epochs, environment=e) for e in by_address(2)]
 
     _finish(lambda: on_disk("two_whole"))
     wrong = []
