@@ -1,14 +1,12 @@
 """A student handed on: a file of weights under torchvision's names, and beside it how it is used."""
 
-import contextlib
 import io
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import safetensors.numpy
 
-from tat_jax import networks
+from tat_jax import networks, paths
 from tat_jax.buckets import Place
 from tat_jax.networks import OwnNetwork
 from tat_jax.usage import as_json
@@ -91,14 +89,11 @@ def _pth(entries: Entries) -> bytes:
 
 def _write(path: Path, data: bytes) -> None:
     """Write a file whole, or nothing."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(path)
+        with paths.replacing(path) as partial:
+            partial.write_bytes(data)
     except OSError as error:
-        place = f" ({error.filename})" if error.filename not in (None, str(partial)) else ""
+        is_other = error.filename and not str(error.filename).startswith(f"{path}.")
+        place = f" ({error.filename})" if is_other else ""
         raise OSError(f"cannot write {path}: {error.strerror}{place}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()

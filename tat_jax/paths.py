@@ -1,7 +1,9 @@
 """Paths as they are typed: `~` is the home folder, `$NAME` a variable, gs:// and s3:// lead into buckets."""
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 _ADDRESS = re.compile(r"[A-Za-z][\w+.-]+:/")
@@ -49,6 +51,18 @@ def local(text: str) -> Path:
     if is_address(path):
         raise ValueError(f"{text}, {path}, is not {LOCAL}")
     return Path(path)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield where to write a file that is to be at `path` whole or not at all, whoever else writes it now."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def cache() -> Path:

@@ -12,7 +12,6 @@ import signal
 import threading
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -175,16 +174,11 @@ def _compile(lowered: jax.stages.Lowered, pod: Pod, options: Mapping[str, Any]) 
             raise MemoryError(_said(error)) from error
         raise
     with contextlib.suppress(OSError, ValueError):  # without a place for it, the next one compiles anew
-        _write(paths.cache() / name, json.dumps(found._asdict()))
+        kept = paths.cache() / name
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with paths.replacing(kept) as partial:
+            partial.write_text(json.dumps(found._asdict()))
     return found
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def _said(error: jax.errors.JaxRuntimeError) -> str:

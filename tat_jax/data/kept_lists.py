@@ -76,11 +76,9 @@ def _write(
     if any(not there or time.time() - there[-1] / 1e9 < _SETTLED for there in states.values()):
         return
     said = json.dumps({"states": states, "passed": vars(within)}).encode()
-    temporary = place.with_suffix(f".{os.getpid()}.tmp")
     with contextlib.suppress(OSError):  # without a list kept, it is listed again
         place.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with paths.replacing(place) as partial, partial.open("wb") as file:
             np.savez(
                 file, text=found.text, ends=found.ends, counts=counts, said=np.frombuffer(said, np.uint8)
             )
-        temporary.replace(place)

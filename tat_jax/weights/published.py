@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,12 +41,11 @@ def fetch(name: str, folder: Path, *, published_at: str = PUBLISHED_AT) -> Path:
     """
     path, url = folder / name, f"{published_at}/{name}"
     if not path.exists():
-        partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _download(url, partial)
-            _check_hash(partial, name, url)
-            partial.replace(path)
+            with paths.replacing(path) as partial:
+                _download(url, partial)
+                _check_hash(partial, name, url)
         except ConnectionError:
             raise
         except OSError as error:
@@ -55,9 +53,6 @@ def fetch(name: str, folder: Path, *, published_at: str = PUBLISHED_AT) -> Path:
                 f"cannot keep {path}: {error.strerror}; XDG_CACHE_HOME names another folder, "
                 "and --from a file that is there"
             ) from None
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
     _check_hash(path, name, str(path))
     return path
 
