@@ -1,7 +1,7 @@
 """What a config trains: the networks, what the losses hold, the optimiser, the first state."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -134,13 +134,18 @@ def build_teacher(
     terms: Sequence[Term] = (),
 ) -> Network | None:
     """Build the teacher of a config likewise, with its own head; None where no term of the loss reads it."""
-    if not any(term.loss.needs_teacher for term in terms):
+    if not read_teacher(terms):
         return None
     if own is not None:
         return networks.own(_copied(own), num_classes=num_classes, seed=config.seed)
     return networks.build(
         config.teacher, num_classes=num_classes, dtype=config.dtype, seed=config.seed, fit_head=False
     )
+
+
+def read_teacher(terms: Iterable[Term]) -> bool:
+    """Return whether a term of a loss reads the teacher."""
+    return any(term.loss.needs_teacher for term in terms)
 
 
 def _copied(module: Any) -> Any:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from tat_jax import buckets, evaluate, experiment, pictures, run_folder, train
 from tat_jax.buckets import Bucket, Place
-from tat_jax.build import all_terms
+from tat_jax.build import all_terms, read_teacher
 from tat_jax.fields import Field, Fields, Rule, whole, wrong
 from tat_jax.metrics import read_rows
 from tat_jax.tasks import TASKS
@@ -133,7 +133,8 @@ def check(config: ConfigDict) -> None:
     for name, changes in config.study.students.items():
         if "seed" in changes:
             raise ValueError(f"study, {name}: its seed does nothing, study.seeds are those of every student")
-        if _TEACHER in config.study and "weights" in changes.get("teacher", {}):
+        of_teacher = changes.get("teacher")
+        if _TEACHER in config.study and isinstance(of_teacher, ConfigDict) and "weights" in of_teacher:
             raise ValueError(
                 f"study, {name}: its teacher.weights do nothing, as study.teacher is trained and teaches "
                 "every student; leave that out of the study, and name the teacher of each"
@@ -142,7 +143,10 @@ def check(config: ConfigDict) -> None:
 
 def teacher_of(config: ConfigDict) -> ConfigDict | None:
     """Return the config of a study's teacher; None where it trains none."""
-    return _variant(config, config.study.teacher) if _TEACHER in config.study else None
+    if _TEACHER not in config.study:
+        return None
+    with _named(_TEACHER):
+        return _variant(config, config.study.teacher)
 
 
 def students_of(config: ConfigDict, folder: Path) -> dict[str, list[ConfigDict]]:
@@ -151,7 +155,8 @@ def students_of(config: ConfigDict, folder: Path) -> dict[str, list[ConfigDict]]
     for name, changes in config.study.students.items():
         students[name] = []
         for seed in config.study.seeds:
-            student = _variant(config, changes)
+            with _named(name):
+                student = _variant(config, changes)
             student.seed = seed
             if _TEACHER in config.study:
                 student.teacher.weights = str(folder / _TEACHER)
@@ -164,7 +169,10 @@ def _variant(config: ConfigDict, changes: ConfigDict) -> ConfigDict:
     changed = config.copy_and_resolve_references()
     with changed.unlocked(), changed.ignore_type():  # `experiment.check` says what is wrong, and where
         del changed.study
-        changed.update(changes.to_dict())
+        try:
+            changed.update(changes.to_dict())
+        except AttributeError as error:  # of what is no mapping
+            raise ValueError(f"of {changes.to_dict()}, a value stands where a config has fields") from error
     return changed
 
 
@@ -199,8 +207,7 @@ def _measure_teacher(
     if teacher:
         with _named(_TEACHER):
             return train.run(teacher, folder / _TEACHER)["best"][f"eval/{task.best}"]
-    terms = (term for of_seeds in students.values() for term in all_terms(of_seeds[0]))
-    if not any(term.loss.needs_teacher for term in terms):
+    if not any(read_teacher(all_terms(of_seeds[0])) for of_seeds in students.values()):
         return None
     try:
         return evaluate.run(config_of_training(config), folder, config.teacher.weights).measures[task.best]

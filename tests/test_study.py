@@ -157,6 +157,12 @@ def test_what_a_study_may_not_say_is_named(tmp_path, said, message):
             TEACHER,
             "study, kd/seed0: .*optimiser is no field; did you mean optimizer",
         ),
+        (
+            {"alone": {"teacher": 3}},
+            TEACHER,
+            "study, alone: of {'teacher': 3}, a value stands where a config has",
+        ),
+        ({"alone": {}}, {"losses": "kd"}, "study, teacher: of {'losses': 'kd'}, a value stands where"),
         ({"alone": {}}, {"epochs": "many"}, "study, teacher: .*epochs='many': allowed is a whole number"),
     ],
 )
