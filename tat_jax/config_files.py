@@ -118,7 +118,7 @@ def expand_paths(config: ConfigDict) -> None:
     for field, value in config.items():
         if isinstance(value, ConfigDict):
             expand_paths(value)
-        elif isinstance(value, str) and (value.startswith("~") or "$" in value):
+        elif isinstance(value, str):
             config[field] = paths.expand(value)
 
 

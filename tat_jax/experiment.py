@@ -1,6 +1,7 @@
 """The config of an experiment: every field it has, from the rooms that declare them."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -49,8 +50,7 @@ def check(config: ConfigDict) -> None:
         ValueError: fields are missing, unknown or have values that are not allowed; each is named, with what
             is allowed. Or JAX was told nothing of float64.
     """
-    values = {name: value for name, value in config.to_dict().items() if name != "study"}
-    if lines := list(wrong(FIELDS, values)):
+    if lines := list(wrong(FIELDS, _values(config))):
         raise ValueError("in the config, " + "\n  ".join(lines))
     if config.dtype == "float64" and jnp.result_type(float) != jnp.float64:
         raise ValueError("dtype='float64' needs JAX_ENABLE_X64=1 in the environment, or it is float32")
@@ -58,4 +58,8 @@ def check(config: ConfigDict) -> None:
 
 def notes(config: ConfigDict) -> Iterator[str]:
     """Yield what whoever trains with a config should have read, a line each: which fields do nothing."""
-    yield from idle(FIELDS, {name: value for name, value in config.to_dict().items() if name != "study"})
+    yield from idle(FIELDS, _values(config))
+
+
+def _values(config: ConfigDict) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict().items() if name != "study"}

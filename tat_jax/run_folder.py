@@ -15,7 +15,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from tat_jax.buckets import Bucket, Place
+from tat_jax import buckets
+from tat_jax.buckets import Place
 from tat_jax.fields import Field, Fields, defaults, find
 from tat_jax.losses import kd_weights
 
@@ -159,11 +160,7 @@ def read_config(folder: Place, fields: Fields) -> ConfigDict | None:
     """
     path = folder / "config.json"
     try:
-        text = (
-            folder.read("config.json")
-            if isinstance(folder, Bucket)
-            else (folder / "config.json").read_bytes()
-        )
+        text = buckets.read(folder, "config.json")
     except FileNotFoundError:
         return None
     config = defaults(fields)

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -114,16 +114,13 @@ def _newest_version(name: str, data_dir: Path) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    versions = {}
-    for path in (data_dir / name).glob("*/dataset_info.json"):
-        if version := _VERSION.fullmatch(path.parent.name):
-            versions[tuple(map(int, version.groups()))] = path.parent
-    if not versions:
+    found = _newest(path.parent.name for path in (data_dir / name).glob("*/dataset_info.json"))
+    if found is None:
         raise FileNotFoundError(
             f"{name} is not prepared in {data_dir}; for ImageNet, "
             f"`make imagenet TARS=<folder of its tars> DATA={data_dir}` does that"
         )
-    return versions[max(versions)]
+    return data_dir / name / found
 
 
 def _newest_in_bucket(name: str, root: Bucket) -> Bucket:
@@ -135,14 +132,20 @@ def _newest_in_bucket(name: str, root: Bucket) -> Bucket:
     """
     if not str(root).startswith("gs://"):
         raise ValueError(f"{root}: ArrayRecord files are read from disks and gs:// alone; mount the bucket")
+    found = _newest(root.folders(name))
+    if found is None:
+        raise FileNotFoundError(f"{name} is not prepared in {root}; copy it there from where it is")
+    return root / name / found
+
+
+def _newest(folders: Iterable[str]) -> str | None:
+    """Return of folders that are called by versions the newest one; others do not count."""
     versions = {
         tuple(map(int, version.groups())): folder
-        for folder in root.folders(name)
+        for folder in folders
         if (version := _VERSION.fullmatch(folder))
     }
-    if not versions:
-        raise FileNotFoundError(f"{name} is not prepared in {root}; copy it there from where it is")
-    return root / name / versions[max(versions)]
+    return versions[max(versions)] if versions else None
 
 
 @contextlib.contextmanager
