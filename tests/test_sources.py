@@ -288,6 +288,13 @@ class TestImageFolder:
             ImageFolder(tmp_path / "nowhere", "train")
 
 
+def test_a_file_is_read_whole_from_a_disk_that_gives_it_piece_by_piece(folder, monkeypatch):
+    root, whole = folder("train/a/0.jpg"), os.read
+    expected = (root / "train/a/0.jpg").read_bytes()
+    monkeypatch.setattr(os, "read", lambda file, size: whole(file, min(size, 100)))
+    assert ImageFolder(root, "train")[0].image == expected
+
+
 def test_a_source_need_not_know_names_or_have_notes():
     class Bare:
         num_classes = 3
