@@ -235,15 +235,23 @@ def test_a_finished_run_keeps_what_is_asked_for(root):
         train_under(teacher_of(0), root, keep="networks", epochs=2)
 
 
-@pytest.mark.parametrize("killed_in", ["tat_jax.checkpoints.seal", "shutil.rmtree"])
-def test_a_kill_while_the_training_is_dropped_damages_no_checkpoint(root, monkeypatch, killed_in):
+def kill(*_, **__):
+    raise KeyboardInterrupt
+
+
+def kill_while_writing(_, folder, **__):
+    (folder / "metadata").write_text("{")
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("where", "kill"),
+    [("orbax.checkpoint.JsonCheckpointHandler.save", kill_while_writing), ("shutil.rmtree", kill)],
+)
+def test_a_kill_while_the_training_is_dropped_damages_no_checkpoint(root, monkeypatch, where, kill):
     expected = evaluate.run(config_of(root), root / "run", "best", student=student)
-
-    def kill(*_, **__):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(killed_in, kill)
+        patch.setattr(where, kill)
         with pytest.raises(KeyboardInterrupt):
             train_under(teacher_of(0), root, keep="networks")
     assert evaluate.run(config_of(root), root / "run", "best", student=student) == expected
