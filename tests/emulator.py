@@ -54,7 +54,6 @@ class Emulator:
         self._etags: dict[str, str] = {}
         self._amazon = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
-        self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{self._server.server_port}"
         self.environment = {

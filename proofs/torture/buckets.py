@@ -4,6 +4,7 @@ The store is moto's server on this machine, see `tests.emulator`; each process h
 a machine of its own.
 """
 
+import functools
 import signal
 import tempfile
 import time
@@ -99,6 +100,10 @@ def _each(every: int, place: _Place) -> bool:
     return len(place.emulator.faults.requests) % every == 0
 
 
+def _is_built(run: Run) -> bool:
+    return " devices " in run.output
+
+
 def _killed(place: _Place, scheme: str, kills: int) -> Fault:
     """Kill a run at random moments soon after it is built, and start it again."""
     rng, name = np.random.default_rng(0), f"killed_{scheme}"
@@ -106,7 +111,7 @@ def _killed(place: _Place, scheme: str, kills: int) -> Fault:
     for _ in range(kills):
         saved = place.steps(name)
         run = place.run(name, scheme=scheme)
-        run.wait_until(lambda run=run: " devices " in run.output, "its first step")  # type: ignore[misc]
+        run.wait_until(functools.partial(_is_built, run), "its first step")
         time.sleep(rng.uniform(0, 4))
         run.process.send_signal(signal.SIGKILL)
         run.wait()
@@ -189,11 +194,11 @@ def _in_two_processes(place: _Place, victims: Sequence[int] = (0, 1)) -> Fault:
     for victim in victims:
         name = f"victim{victim}"
         runs = start(name)
-        runs[0].wait_until(lambda name=name: place.steps(name), "a checkpoint")  # type: ignore[misc]
+        runs[0].wait_until(functools.partial(place.steps, name), "a checkpoint")
         runs[victim].process.send_signal(signal.SIGKILL)
         for run in runs:
             run.wait()
-        again = _finish(lambda name=name: start(name))  # type: ignore[misc]
+        again = _finish(functools.partial(start, name))
         if "continues from step" not in again[0].output:
             wrong.append("started anew")
         wrong += differences(place.fetched(name), place.folder / "two_whole")
