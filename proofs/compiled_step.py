@@ -20,19 +20,28 @@ Arrays = Counter[tuple[int, ...]]  # how many there are of each shape
 
 
 class CompiledStep(NamedTuple):
-    """A program with what it is called with: `program(state, *others)`."""
+    """A program with what it is called with: `program(state, *others)`.
+
+    Attributes:
+        program: as it was compiled.
+        operations: in floating point, as it was written; a GPU's compiler does not count those of cuDNN.
+        state: before the first step.
+        others: the teacher and a batch.
+    """
 
     program: Any
+    operations: float
     state: TrainState
     others: tuple[Any, Batch]
 
-    def repeated(self) -> Callable[[], None]:
-        """Return a function that takes the next step on the same batch, and waits for it."""
+    def repeated(self, steps: int = 1) -> Callable[[], None]:
+        """Return a function that takes so many further steps on the same batch, and waits for the last."""
         state = self.state
 
         def call() -> None:
             nonlocal state
-            state, metrics = self.program(state, *self.others)
+            for _ in range(steps):
+                state, metrics = self.program(state, *self.others)
             jax.block_until_ready(metrics)
 
         return call
@@ -57,8 +66,8 @@ def compile_step(config: ConfigDict, rows: Batch, *, devices: int = 1, num_class
     built = build(config, mesh, num_classes=num_classes, steps_per_epoch=1)
     (batch,) = sharding.put_batches([rows], mesh)
     others = built.teacher, batch
-    program = jit_train_step(built.recipe, mesh).lower(built.state, *others).compile()
-    return CompiledStep(program, built.state, others)
+    written: Any = jit_train_step(built.recipe, mesh).lower(built.state, *others)
+    return CompiledStep(written.compile(), written.cost_analysis()["flops"], built.state, others)
 
 
 def blank_rows(config: ConfigDict) -> Batch:

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
+import jax
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow", "torch", "libtpu")
 _MODULES = {"pillow": "PIL"}
 
@@ -58,7 +60,9 @@ def circumstances() -> str:
     packages = ", ".join(
         f"{name} {version(name)}" for name in _PACKAGES if find_spec(_MODULES.get(name, name))
     )
-    machine = f"Python {platform.python_version()}, {os.cpu_count()} cores ({platform.machine()})"
+    devices = sorted({d.device_kind for d in jax.devices() if d.platform != "cpu"})
+    cores = f"{os.cpu_count()} cores ({platform.machine()})"
+    machine = ", ".join([f"Python {platform.python_version()}", cores, *devices])
     return f"Measured on {datetime.now(UTC):%Y-%m-%d} with {packages}, {machine}."
 
 

@@ -100,7 +100,6 @@ def test_growth_is_drawn(tmp_path):
 
 @pytest.mark.parametrize(("moved", "binds", "bound"), [(10.0, "operations", 20.0), (100.0, "memory", 4.0)])
 def test_the_roofline_is_the_tighter_of_operations_and_bytes(moved, binds, bound):
-    cost = {"flops": 40.0, "bytes accessed": moved}
-    row = roofline("step", 2.0, 8, cost, peaks=(100.0, 50.0))
+    row = roofline("step", 2.0, 8, (40.0, moved), peaks=(100.0, 50.0))
     assert (row.ours, row.rival, row.ratio) == (2.0, bound, 2.0 / bound)
     assert f"{binds} bind" in row.name

@@ -10,7 +10,8 @@ from flax import nnx
 
 from proofs.torch_resnet import random_torch_resnet
 from tat_jax import networks
-from tat_jax.networks.layers import BatchNorm, max_pool
+from tat_jax.networks import stem
+from tat_jax.networks.layers import BatchNorm
 from tat_jax.networks.resnet import ARCHITECTURES, BasicBlock, architecture
 from tat_jax.networks.view import View
 from tat_jax.weights import store
@@ -150,9 +151,10 @@ def test_a_resnet_of_other_depths_is_made_in_a_line():
     assert model(jnp.ones((1, 32, 32, 3))).shape == (1, 3)
 
 
+@pytest.mark.parametrize("max_pool", [stem.max_of_shifted, stem.max_by_place, stem.max_of_windows])
 @pytest.mark.parametrize("size", [(8, 6), (7, 5), (1, 2)])
 @pytest.mark.parametrize("values", [3, 10_000], ids=["with ties", "without"])
-def test_max_pool_and_its_gradient_are_pytorchs(size, values):
+def test_max_pool_and_its_gradient_are_pytorchs(max_pool, size, values):
     rng = np.random.default_rng(0)
     images = rng.integers(0, values, (2, *size, 3)).astype(np.float32)
     theirs = torch.from_numpy(rearrange(images, "b h w c -> b c h w").copy()).requires_grad_()
@@ -164,3 +166,16 @@ def test_max_pool_and_its_gradient_are_pytorchs(size, values):
     np.testing.assert_array_equal(
         backward(jnp.asarray(weights))[0], rearrange(theirs.grad.numpy(), "b c h w -> b h w c")
     )
+
+
+@pytest.mark.parametrize("size", [(8, 6), (7, 9), (1, 2)])
+def test_a_convolution_of_blocks_of_pixels_has_the_stems_sums_and_gradients(size, x64):
+    rng = np.random.default_rng(0)
+    images, kernel = (jnp.asarray(rng.normal(size=shape)) for shape in ((2, *size, 3), (7, 7, 3, 5)))
+    (plain, by_plain), (blocks, by_blocks) = (
+        jax.vjp(convolve, images, kernel) for convolve in (stem.convolve, stem.convolve_blocks)
+    )
+    np.testing.assert_allclose(blocks, plain, rtol=1e-12, atol=1e-13)
+    weights = jnp.asarray(rng.normal(size=plain.shape))
+    for ours, reference in zip(by_blocks(weights), by_plain(weights), strict=True):
+        np.testing.assert_allclose(ours, reference, rtol=1e-12, atol=1e-13)

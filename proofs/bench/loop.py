@@ -42,14 +42,33 @@ def measure() -> list[Row]:
     return rows
 
 
-def measure_one(name: str, config: ConfigDict, *, steps: int, bound: float | None, rounds: int = 3) -> Row:
-    """Compare over so many steps after the warm-up, on as many images as that takes."""
+def measure_one(
+    name: str,
+    config: ConfigDict,
+    *,
+    steps: int,
+    bound: float | None,
+    rounds: int = 3,
+    epoch: int | None = None,
+) -> Row:
+    """Compare over so many steps after the warm-up.
+
+    Args:
+        name: what is measured.
+        config: of the training.
+        steps: that count.
+        bound: the aim.
+        rounds: how often.
+        epoch: the images that the config trains on; None: as many digits as the steps take, 1,000 at most.
+    """
     config.bn_group = None
     config.checkpoint_minutes = 0.75
     config.log_every = 4
     images = (WARM_UP + steps) * config.batch_size
-    config.data.labels_per_class = min(-(-images // 10), 100)
-    config.epochs = config.eval_every = -(-images // (10 * config.data.labels_per_class))
+    if epoch is None:
+        config.data.labels_per_class = min(-(-images // 10), 100)
+        epoch = 10 * config.data.labels_per_class
+    config.epochs = config.eval_every = -(-images // epoch)
     return compare(
         name,
         lambda: _training(config, steps),
@@ -88,7 +107,7 @@ def _training(config: ConfigDict, steps: int) -> float:
 def _bare(config: ConfigDict, steps: int) -> Callable[[], float]:
     """Return a function that takes so many steps on one batch, and returns their seconds."""
     data = open_pipeline(config, "train")
-    program, state, others = compile_step(
+    program, _, state, others = compile_step(
         config, next(data.epoch(0)), devices=jax.device_count(), num_classes=data.source.num_classes
     )
 

@@ -88,36 +88,48 @@ def claims(photos: list[Photograph], weights: Path | None, picture: Path, *, ste
     return found
 
 
-def pytorch(photos: list[Photograph], weights: Path | None, steps: int, dtype: torch.dtype) -> Curves:
-    """Train with the independent step."""
-    model, teacher = _torch_models(weights)
-    model, teacher = model.to(dtype), teacher.to(dtype)
+def pytorch(
+    photos: list[Photograph],
+    weights: Path | None,
+    steps: int,
+    dtype: torch.dtype,
+    *,
+    device: str = "cpu",
+    mixed: bool = False,
+) -> Curves:
+    """Train with the independent step, for `mixed` in bfloat16 where PyTorch's autocast has it so."""
+    model, teacher = (network.to(device, dtype) for network in _torch_models(weights))
     tensors = (
-        (to_tensors(np.asarray(batch.image), dtype), torch.from_numpy(batch.label).long())
-        for batch in _shown(batches(photos, steps), steps, f"PyTorch, {dtype}")
+        (
+            to_tensors(np.asarray(batch.image), dtype).to(device),
+            torch.from_numpy(batch.label).long().to(device),
+        )
+        for batch in _shown(batches(photos, steps), steps, f"PyTorch, {dtype}{', mixed' if mixed else ''}")
     )
-    return np.array(list(torch_step.train(model, teacher, tensors, **_settings())))
+    with torch.autocast(device, torch.bfloat16, enabled=mixed):
+        return np.array(list(torch_step.train(model, teacher, tensors, **_settings())))
 
 
-def ours(photos: list[Photograph], weights: Path | None, steps: int) -> Curves:
+def ours(photos: list[Photograph], weights: Path | None, steps: int, *, dtype: str = "float32") -> Curves:
     """Train with our step."""
     model, teacher = _torch_models(weights)
     config = r18_r34.get_config()
     config.batch_size = BATCH
     config.bn_group = None
     config.optimizer.learning_rate = LEARNING_RATE
+    config.dtype = dtype
     mesh = sharding.make_mesh(jax.devices()[:1])
     built = build(
         config,
         mesh,
         num_classes=CLASSES,
         steps_per_epoch=steps,
-        student=our_step.network(our_step.entries_of(model.student), "resnet18", dtype="float32"),
-        teacher=our_step.network(our_step.entries_of(teacher), "resnet34", dtype="float32"),
+        student=our_step.network(our_step.entries_of(model.student), "resnet18", dtype=dtype),
+        teacher=our_step.network(our_step.entries_of(teacher), "resnet34", dtype=dtype),
     )
     entries = our_step.entries_of(model)
     built = our_step.with_embeddings(built, lambda module, key, shape: entries[f"{module}.{key}"])
-    _, measured = our_step.train(built, _shown(batches(photos, steps), steps, "ours"), mesh)
+    _, measured = our_step.train(built, _shown(batches(photos, steps), steps, f"ours, {dtype}"), mesh)
     return np.array([[m["loss"], our_step.kd_loss(built, m), m["tat_layer4"]] for m in measured])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from proofs.program import Environment
 from proofs.torture.fault import Fault, judge
 from proofs.torture.small_run import STEPS, Run, differences, finish
 from tat_jax.metrics import read_rows
@@ -18,7 +19,13 @@ _PHASES = {"start-up": 4.0, "a step": 0.3, "a save": 0.05, "an evaluation": 0.3}
 PHASES = tuple(_PHASES)
 
 
-def faults(phases: Sequence[str] = PHASES * 5, *, epochs: int = 40, seed: int = 0) -> list[Fault]:
+def faults(
+    phases: Sequence[str] = PHASES * 5,
+    *,
+    epochs: int = 40,
+    seed: int = 0,
+    environment: Environment | None = None,
+) -> list[Fault]:
     """Kill a run once in each of `phases`, finish it, and compare it with one that nothing interrupted.
 
     All kills are of one run, so that each is survived only if all are.
@@ -27,16 +34,16 @@ def faults(phases: Sequence[str] = PHASES * 5, *, epochs: int = 40, seed: int = 
     option = f"--config.epochs={epochs}"
     with tempfile.TemporaryDirectory() as temporary:
         whole, killed = Path(temporary) / "whole", Path(temporary) / "killed"
-        finish(whole, option)
+        finish(whole, option, environment=environment)
         repeated = 0
         for phase in phases:
-            run = Run(killed, option)
+            run = Run(killed, option, environment=environment)
             run.wait_until(_begins(phase, run), phase)
             time.sleep(rng.uniform(0, _PHASES[phase]))
             run.process.send_signal(signal.SIGKILL)
             run.wait()
             repeated = max(repeated, _last_step(killed) - _saved_step(killed))
-        finish(killed, option)
+        finish(killed, option, environment=environment)
         different = differences(killed, whole)
         evaluated = [row["epoch"] for row in read_rows(killed) if "eval/top1" in row]
         steps = [row["step"] for row in read_rows(killed) if "train/loss" in row]

@@ -68,13 +68,13 @@ class Run(Program):
         )
 
 
-def finish(folder: Path, *options: str, devices: int = 1) -> str:
+def finish(folder: Path, *options: str, devices: int = 1, environment: Environment | None = None) -> str:
     """Run to the end, and return what was printed.
 
     Raises:
         RuntimeError: the run fails.
     """
-    return Run(folder, *options, devices=devices).finish()
+    return Run(folder, *options, devices=devices, environment=environment).finish()
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -152,31 +152,3 @@ def conv(
         kernel_init=kernel_init,
         rngs=rngs,
     )
-
-
-def max_pool(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w channels"]:
-    """Return the maxima of 3×3 windows at stride 2, padded by 1 on every side, as in residual stems.
-
-    On a CPU as maxima of shifted maps, whose gradient there takes a quarter of the time of XLA's own.
-    """
-    return jax.lax.platform_dependent(x, cpu=_max_of_shifted, default=_max_of_windows)
-
-
-def _max_of_windows(x: Array) -> Array:
-    return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-
-
-def _max_of_shifted(x: Array) -> Array:
-    for axis in (2, 1):  # so that the first of equal values is that of PyTorch, which reads row by row
-        size = (x.shape[axis] + 1) // 2
-        padding = [(0, 0)] * 4
-        padding[axis] = (1, 2 * size - x.shape[axis])
-        padded = jnp.pad(x, padding, constant_values=-jnp.inf)
-        first, second, third = (
-            jax.lax.slice_in_dim(padded, start, start + 2 * size - 1, stride=2, axis=axis)
-            for start in range(3)
-        )
-        # The first of equal values takes the whole gradient; jnp.maximum would share it out.
-        x = jnp.where(first >= second, first, second)
-        x = jnp.where(x >= third, x, third)
-    return x

@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, DTypeLike, Float
 
 from tat_jax.fields import YES_OR_NO, Field, whole
 from tat_jax.networks.architecture import Architecture
-from tat_jax.networks.layers import BatchNorm, at_least_float32, conv, max_pool, torch_uniform, uniform
+from tat_jax.networks.layers import BatchNorm, at_least_float32, conv, torch_uniform, uniform
+from tat_jax.networks.stem import StemConv, max_pool
 
 Maps = Float[Array, "batch height width channels"]
 Where = Bool[Array, " batch"]
@@ -162,8 +163,11 @@ class ResNet(nnx.Module):
     ):
         self.small_images = small_images
         self.dtype = jnp.dtype(dtype)
-        size, stride = (3, 1) if small_images else (7, 2)
-        self.conv1 = conv(3, width, size, stride=stride, dtype=dtype, rngs=rngs)
+        self.conv1 = (
+            conv(3, width, 3, dtype=dtype, rngs=rngs)
+            if small_images
+            else StemConv(width, dtype=dtype, rngs=rngs)
+        )
         self.bn1 = BatchNorm(width, group=bn_group, dtype=dtype)
         stage = functools.partial(Stage, dtype=dtype, bn_group=bn_group, rngs=rngs)
         features = block.expansion * width
