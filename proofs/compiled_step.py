@@ -24,13 +24,11 @@ class CompiledStep(NamedTuple):
 
     Attributes:
         program: as it was compiled.
-        operations: in floating point, as it was written; a GPU's compiler does not count those of cuDNN.
         state: before the first step.
         others: the teacher and a batch.
     """
 
     program: Any
-    operations: float
     state: TrainState
     others: tuple[Any, Batch]
 
@@ -66,8 +64,8 @@ def compile_step(config: ConfigDict, rows: Batch, *, devices: int = 1, num_class
     built = build(config, mesh, num_classes=num_classes, steps_per_epoch=1)
     (batch,) = sharding.put_batches([rows], mesh)
     others = built.teacher, batch
-    written: Any = jit_train_step(built.recipe, mesh).lower(built.state, *others)
-    return CompiledStep(written.compile(), written.cost_analysis()["flops"], built.state, others)
+    program = jit_train_step(built.recipe, mesh).lower(built.state, *others).compile()
+    return CompiledStep(program, built.state, others)
 
 
 def blank_rows(config: ConfigDict) -> Batch:

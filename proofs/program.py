@@ -15,6 +15,7 @@ from tat_jax.metrics import read_rows
 
 ROOT = Path(__file__).parents[1]
 _SOON, _LATE = 300.0, 3600.0  # seconds after which a program counts as hanging
+_PATHS = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 
 Environment = Mapping[str, str]
 
@@ -53,7 +54,7 @@ class Program:
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 command,
-                env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(_PATHS), **(environment or {})},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

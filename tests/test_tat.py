@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tat_jax import sharding
 from tat_jax.batch import Batch
-from tat_jax.losses import target_aware_attention, tat, tat_blocks, tat_loss
+from tat_jax.losses import target_aware_attention, tat, tat_blocks, tat_fused, tat_loss
 from tat_jax.losses.tat import TargetAwareTransformer
 from tat_jax.networks.view import Outputs
 
@@ -378,3 +378,23 @@ def test_per_teacher_position_is_the_formula_of_the_papers_text(x64):
 def test_options_that_do_not_fit_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         TargetAwareTransformer(8, 16, **options, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_the_fused_form_is_the_same_loss_with_the_same_gradients(heads):
+    # Positions are no multiple of what cuDNN takes at once; XLA stands in for it.
+    arrays = maps(2, 5, 7, 8, count=4)
+
+    def fused(*maps):
+        sums = tat_fused.errors_fused(*maps, heads=heads, implementation="xla")
+        return jnp.mean(sums) / (5 * 7 * 8)
+
+    loss, gradients = jax.value_and_grad(fused, (0, 1, 2, 3))(*arrays)
+    reference, by_maps = loss_and_gradients(*arrays, heads=heads)
+    np.testing.assert_allclose(loss, reference, rtol=1e-6)
+    for ours, theirs in zip(gradients, by_maps, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-8, rtol=1e-4)
+
+
+def test_without_a_gpu_nothing_is_fused():
+    assert not tat_fused.fits(*maps(1, 2, 2, 8, dtype=jnp.bfloat16), heads=1)

@@ -107,7 +107,7 @@ def _training(config: ConfigDict, steps: int) -> float:
 def _bare(config: ConfigDict, steps: int) -> Callable[[], float]:
     """Return a function that takes so many steps on one batch, and returns their seconds."""
     data = open_pipeline(config, "train")
-    program, _, state, others = compile_step(
+    program, state, others = compile_step(
         config, next(data.epoch(0)), devices=jax.device_count(), num_classes=data.source.num_classes
     )
 

@@ -8,7 +8,7 @@ from proofs.bench.sidebyside import Row, compare_times
 from proofs.report import announce
 from tat_jax.losses import tat_loss
 
-SIDE, CHANNELS, IMAGES = 129, 256, 8
+SIDE, CHANNELS, IMAGES = 129, 256, 4
 
 
 def measure(side: int = SIDE, images: int = IMAGES) -> list[Row]:

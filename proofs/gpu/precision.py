@@ -11,7 +11,7 @@ from proofs.fidelity.claim import Claim
 from proofs.photographs import Photograph
 from proofs.rounding import relative_error
 
-STEPS = 10
+STEPS = 5
 # Of the first step. Eight significant bits are 4e-3; a loss is a mean of many such numbers.
 SINGLE, HALF = 1e-5, 1e-2
 

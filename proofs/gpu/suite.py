@@ -13,6 +13,8 @@ from proofs.program import ROOT
 
 # Other tests are of what no device computes, or need several.
 FILES = ("losses", "losses_of_ones_own", "fitnet", "tat", "resnet", "optim")
+# Other versions than ours warn of other things; pytest-benchmark, where it is, of several workers.
+_HERE = ("-W", "default", "-p", "no:benchmark", "-p", "no:cacheprovider")
 # PyTorch's float32 on a CPU is what they compare with, not TF32.
 _ENVIRONMENT = {"JAX_PLATFORMS": "cuda,cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 
@@ -55,7 +57,7 @@ def results(files: tuple[str, ...] = FILES, environment: dict[str, str] = _ENVIR
         command = [sys.executable, "-m", "pytest", "--quiet", f"--junitxml={report}", *names]
         workers = f"-n={min(8, os.cpu_count() or 1)}"
         done = subprocess.run(
-            [*command, workers, "-p", "no:cacheprovider"],
+            [*command, workers, *_HERE],
             cwd=ROOT,
             env=os.environ | environment,
             capture_output=True,

@@ -15,6 +15,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from tat_jax.batch import Batch, Where
 from tat_jax.fields import YES_OR_NO, Field, one_of, whole
+from tat_jax.losses import tat_fused
 from tat_jax.losses.loss import TAPS, Loss
 from tat_jax.losses.tat_blocks import SCORES, dot, errors_in_blocks
 from tat_jax.networks.layers import BatchNorm, conv, torch_uniform
@@ -78,7 +79,10 @@ def reconstruction_errors(
     _check_maps(heads, query=query, key=key, value=value, target=target)
     _, height, width, channels = query.shape
     if heads * (height * width) ** 2 > SCORES:
-        sums = errors_in_blocks(*(_split_heads(x, heads) for x in (query, key, value, target)))
+        if tat_fused.fits(query, key, value, heads=heads):
+            sums = tat_fused.errors_fused(query, key, value, target, heads=heads)
+        else:
+            sums = errors_in_blocks(*(_split_heads(x, heads) for x in (query, key, value, target)))
         return sums / (height * width * channels)
     out = target_aware_attention(query, key, value, heads=heads)
     return reduce((out - target) ** 2, "b h w c -> b", "mean")
