@@ -1,5 +1,5 @@
-# make demo | make test | make proofs | make fidelity | make bench | make pods | make torture | make imagenet TARS=folder
-# | make clean
+# make demo | make test | make proofs | make fidelity | make bench | make gpu | make pods | make torture
+# | make imagenet TARS=folder | make clean
 PYTHON ?= python3
 # cuda12 where an NVIDIA driver answers, else cpu; `make demo ACCELERATOR=tpu` on a TPU.
 ACCELERATOR ?= $(shell nvidia-smi >/dev/null 2>&1 && echo cuda12 || echo cpu)
@@ -8,7 +8,7 @@ DATA ?= data/imagenet
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test proofs fidelity bench pods torture imagenet clean
+.PHONY: demo test proofs fidelity bench gpu pods torture imagenet clean
 
 demo: $(VENV)/installed-$(ACCELERATOR)
 	$(BIN)/python main.py
@@ -38,6 +38,11 @@ bench: $(VENV)/installed-$(ACCELERATOR)-bench
 	$(BIN)/python -m proofs.bench.loop --json runs/bench/loop.json
 	$(BIN)/python -m proofs.bench.start --json runs/bench/start.json
 	$(BIN)/python -m proofs.bench.growth --input runs/bench/input.json --json runs/bench/growth.json --plot docs/growth.png
+
+# What a machine with an NVIDIA GPU shows, in ten minutes, into docs/gpu.md. PARTS: some of tests, fidelity, step,
+# loss, loop, kill.
+gpu: $(VENV)/installed-$(ACCELERATOR)-test
+	$(BIN)/python -m proofs.gpu $(if $(PHOTOS),--photos $(PHOTOS)) $(PARTS)
 
 # What pods of TPUs would take, by their compiler, into docs/pods.md; no TPU is needed. PARTS: some of v5e:2x4,
 # v5e:8x8, v6e:8x8, effort.
