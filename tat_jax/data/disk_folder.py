@@ -177,18 +177,21 @@ class DiskFolder:
         Raises:
             OSError: it cannot be read, or is another one by now.
         """
+        name = f"{self.root}/{path}"
         try:
-            file = os.open(self.root / path, os.O_RDONLY)
+            file = os.open(name, os.O_RDONLY)
             try:
                 found = os.pread(file, size, start) if _entry(os.fstat(file)) == entry else b""
-                while 0 < len(found) < size and (more := os.pread(file, size, start + len(found))):
-                    found += more[: size - len(found)]
+                while 0 < len(found) < size and (
+                    more := os.pread(file, size - len(found), start + len(found))
+                ):
+                    found += more
             finally:
                 os.close(file)
         except OSError as error:
-            raise type(error)(f"{self.root / path} cannot be read ({error.strerror})") from error
+            raise type(error)(f"{printable(name)} cannot be read ({error.strerror})") from error
         if len(found) < size:
-            raise OSError(f"{self.root / path} has changed since its images were listed")
+            raise OSError(f"{printable(name)} has changed since it was listed")
         return found
 
     def check_links(self, split: str, found: dict[str, str], trained: dict[str, str]) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Integer
@@ -46,12 +46,6 @@ class Shards:
     size: Integer[np.ndarray, " images"]
     label: Integer[np.ndarray, " images"]
     passed: PassedOver
-
-
-class _Image(NamedTuple):
-    name: str
-    start: int
-    size: int
 
 
 def list_shards(folder: Folder, split: str) -> Shards:
@@ -113,10 +107,15 @@ def _find(folder: Folder, split: str, passed: PassedOver) -> dict[str, Entry]:
 def _list(folder: Folder, files: dict[str, Entry], passed: PassedOver) -> tuple[Paths, dict[str, np.ndarray]]:
     """Return the names of the images, and the arrays of `Shards`."""
 
-    def list_file(path: str) -> tuple[list[_Image], list[int], PassedOver]:
+    def list_file(path: str) -> tuple[list[str], np.ndarray, PassedOver]:
         name = printable(f"{folder.root}/{path}")
-        with folder.open(path, files[path]) as opened:
-            return _list_file(name, opened, files[path].size)
+        try:
+            with folder.open(path, files[path]) as opened:
+                return _list_file(name, opened, files[path].size)
+        except OSError as error:
+            if error.strerror is None:  # it says all itself
+                raise
+            raise type(error)(f"{name} cannot be read ({error.strerror})") from error
 
     pool = ThreadPoolExecutor(_AT_ONCE)
     try:
@@ -125,19 +124,19 @@ def _list(folder: Folder, files: dict[str, Entry], passed: PassedOver) -> tuple[
         pool.shutdown(cancel_futures=True)
     for _, _, within in listed:
         passed.add(within)
-    counts = [len(images) for images, _, _ in listed]
-    images = list(chain.from_iterable(images for images, _, _ in listed))
-    return Paths.of([image.name for image in images]), {
+    start, size, label = np.concatenate([places for _, places, _ in listed]).T
+    counts = [len(names) for names, _, _ in listed]
+    return Paths.of(list(chain.from_iterable(names for names, _, _ in listed))), {
         "shard": np.repeat(np.arange(len(files), dtype=np.int32), counts),
-        "start": np.array([image.start for image in images], np.int64),
-        "size": np.array([image.size for image in images], np.int64),
-        "label": np.concatenate([np.array(labels, np.int32) for _, labels, _ in listed]),
+        "start": start.copy(),
+        "size": size.copy(),
+        "label": label.astype(np.int32),
     }
 
 
-def _list_file(shard: str, file: BinaryIO, size: int) -> tuple[list[_Image], list[int], PassedOver]:
-    """Return the images of a tar file with their labels, and what was passed over."""
-    images: dict[str, _Image] = {}
+def _list_file(shard: str, file: BinaryIO, size: int) -> tuple[list[str], np.ndarray, PassedOver]:
+    """Return the names of the images in a tar file, start, size and label of each, and what is passed over."""
+    images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
     passed = PassedOver()
     for member in _members(shard, file, size):
@@ -151,8 +150,8 @@ def _list_file(shard: str, file: BinaryIO, size: int) -> tuple[list[_Image], lis
             if is_image(base):
                 passed.hidden.append(f"{shard}/{name}")
         elif ending in EXTENSIONS:
-            _check(shard, member, images[key].name if key in images else None)
-            images[key] = _Image(name, member.offset_data, member.size)
+            _check(shard, member, images[key][0] if key in images else None)
+            images[key] = name, member.offset_data, member.size
         elif ending == ".cls":
             _check(shard, member, f"{key}.cls" if key in labels else None)
             labels[key] = _label(shard, member, file)
@@ -168,7 +167,8 @@ def _list_file(shard: str, file: BinaryIO, size: int) -> tuple[list[_Image], lis
     if not images:
         what = "".join(f"; {line}" for line in passed.lines("in it"))
         raise FileNotFoundError(f"no images in {shard} ({' '.join(EXTENSIONS)}){what}; remove it")
-    return list(images.values()), [labels.get(key, UNLABELLED) for key in images], passed
+    places = [(start, size, labels.get(key, UNLABELLED)) for key, (_, start, size) in images.items()]
+    return [name for name, _, _ in images.values()], np.array(places, np.int64), passed
 
 
 def _members(shard: str, file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
@@ -197,8 +197,8 @@ def _members(shard: str, file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]
                 yield member
                 end = tar.offset
             _check_end(file, tar.offset)
-    except OSError as error:
-        raise type(error)(f"{shard} cannot be read ({error.strerror or error})") from error
+    except OSError:
+        raise
     except Exception as error:  # whatever its parser meets
         raise ValueError(f"{shard} is damaged ({printable(str(error))}): pack or copy it anew") from error
 
