@@ -60,9 +60,9 @@ def list_shards(folder: Folder, split: str) -> Shards:
         split: holds files that end in `.tar`.
 
     Raises:
-        FileNotFoundError: there are none, or one has no images.
+        FileNotFoundError: there are none.
         OSError: one cannot be read.
-        ValueError: one is compressed or damaged, or cannot be what it should be.
+        ValueError: one is compressed or damaged, has no images, or cannot be what it should be.
     """
     passed = PassedOver()
     files = _find(folder, split, passed)
@@ -135,7 +135,7 @@ def _list(folder: Folder, files: dict[str, Entry], passed: PassedOver) -> tuple[
 
 
 def _list_file(shard: str, file: BinaryIO, size: int) -> tuple[list[str], np.ndarray, PassedOver]:
-    """Return the names of the images in a tar file, start, size and label of each, and what is passed over."""
+    """Return the names of a tar file's images, start, size and label of each, and what was passed over."""
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
     passed = PassedOver()
@@ -166,7 +166,7 @@ def _list_file(shard: str, file: BinaryIO, size: int) -> tuple[list[str], np.nda
         passed.endings[".cls without an image"] += lonely
     if not images:
         what = "".join(f"; {line}" for line in passed.lines("in it"))
-        raise FileNotFoundError(f"no images in {shard} ({' '.join(EXTENSIONS)}){what}; remove it")
+        raise ValueError(f"no images in {shard} ({' '.join(EXTENSIONS)}){what}; remove it")
     places = [(start, size, labels.get(key, UNLABELLED)) for key, (_, start, size) in images.items()]
     return [name for name, _, _ in images.values()], np.array(places, np.int64), passed
 

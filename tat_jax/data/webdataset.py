@@ -28,9 +28,10 @@ class WebDataset:
         notes: what was passed over, and classes without images.
 
     Raises:
-        FileNotFoundError: the folder, the split or its images are missing.
+        FileNotFoundError: the folder, the split or its shards are missing.
         OSError: shards cannot be read, or the bucket cannot be reached.
-        ValueError: a shard is compressed or damaged, an image has no class index, or one beyond the classes.
+        ValueError: a shard is compressed, damaged or without images; an image has no class index, or one
+            beyond the classes.
     """
 
     def __init__(self, root: str | Place, split: str):
