@@ -5,13 +5,14 @@ A store knows no folders and cannot append: an object is written whole, and is t
 
 import contextlib
 import functools
+import io
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
 
 from tat_jax import paths
 
@@ -23,6 +24,7 @@ _CREDENTIALS = {
 _ENDPOINTS = ("GOOGLE_BASE_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT")
 _AT_ONCE = 16  # requests
 _PART = 16 * 2**20  # bytes of a request that reads, so that each one ends in time
+_WINDOW = 4 * 2**20  # bytes of a request where an object is read from one end to the other, by and by
 _TIMES = {"timeout": timedelta(seconds=30), "connect_timeout": timedelta(seconds=5)}
 _RETRIES = {"max_retries": 10, "retry_timeout": timedelta(seconds=30)}
 
@@ -108,6 +110,25 @@ class Bucket:
             found = self._obs.get(self._store, name)
             return bytes(found.bytes()), _stamp(found.meta)
 
+    def read_part(self, name: str, entry: Entry, start: int, size: int) -> bytes:
+        """Return bytes of an object.
+
+        Raises:
+            FileNotFoundError: it is gone.
+            OSError: it is not as long any more as it was listed.
+        """
+        if not size:
+            return b""
+        with self._telling(name):
+            found = self._obs.get(self._store, name, options={"range": (start, start + size)})
+            if found.meta["size"] == entry.size:
+                return bytes(found.bytes())
+        raise OSError(f"{self.url}/{name} has changed since it was listed")
+
+    def open(self, name: str, entry: Entry) -> BinaryIO:
+        """Return an object as a file that can be sought in, and asks for a part when it is needed."""
+        return io.BufferedReader(_Parts(self, name, entry), _WINDOW)
+
     def write(self, name: str, data: bytes | Path) -> None:
         """Write an object whole, bytes or a file."""
         with self._telling(name):
@@ -172,6 +193,32 @@ class Bucket:
             if type(error).__module__.partition(".")[0] != "obstore":
                 raise
             raise _refused(place, kind, said) from None
+
+
+class _Parts(io.RawIOBase):
+    """An object as a file without a buffer."""
+
+    def __init__(self, bucket: Bucket, name: str, entry: Entry):
+        self._bucket, self._name, self._entry, self._at = bucket, name, entry, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._entry.size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        size = max(0, min(len(buffer), self._entry.size - self._at))
+        buffer[:size] = self._bucket.read_part(self._name, self._entry, self._at, size)
+        self._at += size
+        return size
 
 
 Place: TypeAlias = Path | Bucket

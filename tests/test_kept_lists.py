@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tat_jax.data import kept_lists
+from tat_jax.data import disk_folder
 from tat_jax.data.image_folder import ImageFolder
 
 FIRST = [("ant/1.jpg", 0), ("ant/deep/2.jpg", 0), ("bee/3.jpg", 1)]
@@ -15,7 +15,7 @@ FIRST = [("ant/1.jpg", 0), ("ant/deep/2.jpg", 0), ("bee/3.jpg", 1)]
 @pytest.fixture
 def root(folder, tmp_path, monkeypatch):
     """Return a folder in which nothing has changed for long, with a list that is kept though it is short."""
-    monkeypatch.setattr(kept_lists, "_MANY", 1)
+    monkeypatch.setattr(disk_folder, "_MANY", 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = folder("train/ant/1.jpg", "train/ant/deep/2.jpg", "train/bee/3.jpg", "train/loose.jpg")
     (root / "train/ant/notes.txt").write_text("no image")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from tat_jax.data.image_folder import read
+from tat_jax.data.disk_folder import read
 from tat_jax.data.source import Example
 from tat_jax.data.transforms import random_resized_crop_box
 

@@ -16,7 +16,7 @@ def eval_resize(data: ConfigDict | Mapping[str, Any]) -> int:
     return round(data["image_size"] * 256 / 224) if said is None else said
 
 
-_ENCODED = ("source", one_of("imagefolder", "tfds"))  # whose images are files
+_ENCODED = ("source", one_of("imagefolder", "webdataset", "tfds"))  # whose images are files
 
 FIELDS = {
     "source": Field("imagefolder", one_of(*SOURCES), "where the images come from"),

@@ -1,69 +1,94 @@
-"""Images in folders of their classes, in a bucket."""
+"""A folder in a bucket that holds the images of the splits in folders of their classes."""
 
 import os
-import unicodedata
-from collections.abc import Iterable
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import BinaryIO
 
-from tat_jax.buckets import Bucket
-from tat_jax.data.listing import PassedOver, is_image
+import numpy as np
+from jaxtyping import Integer
+
+from tat_jax.buckets import Bucket, Entry
+from tat_jax.data.listing import PassedOver, Paths, is_image
+from tat_jax.data.source import printable
 
 _AT_ONCE = 32  # classes that are listed; a page has a thousand names, and takes a tenth of a second
 
 
-def class_folders(root: Bucket, split: str, passed: PassedOver) -> dict[str, str]:
-    """Return the folders of a split as they are called, by their names in Unicode's composed form, sorted.
-
-    Raises:
-        FileNotFoundError: there are none.
-        OSError: the bucket cannot be reached.
-        ValueError: two names are the same to the eye.
-    """
-    folders: dict[str, str] = {}
-    for folder in root.folders(split):
-        name = unicodedata.normalize("NFC", folder)
-        if folder[0] == ".":
-            passed.hidden.append(f"{root}/{split}/{folder}")
-        elif name in folders:
-            raise ValueError(
-                f"{root / split} has two folders of one name in two Unicode forms, {folders[name]!a} and "
-                f"{folder!a}: put their images into one"
-            )
-        else:
-            folders[name] = folder
-    return folders
-
-
-def check_is_there(root: Bucket, split: str) -> None:
-    """Raise a FileNotFoundError unless a split has folders."""
-    if not root.folders(split):
-        raise FileNotFoundError(
-            f"no folders in {root / split}; images belong in {root}/train/<class>/ and {root}/val/<class>/"
-        )
-
-
-def list_images(root: Bucket, split: str, folders: Iterable[str], passed: PassedOver) -> list[list[str]]:
-    """Return the paths of the images in each folder and in all within it, in torchvision's order.
+class BucketFolder:
+    """The folder that holds the splits, in a bucket; what it does is what `DiskFolder` does.
 
     Args:
-        root: holds the splits.
-        split: one of them.
-        folders: of its classes.
-        passed: is told of what is passed over.
+        root: its address.
+        layout: where images belong, which errors say of `{root}`.
     """
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        listed = pool.map(lambda folder: list(root.objects(f"{split}/{folder}")), folders)
-        return [sorted(_images(root, names, passed), key=os.path.split) for names in listed]
 
+    def __init__(self, root: Bucket, layout: str):
+        self.root = root
+        self._layout = layout.format(root=root)
 
-def _images(root: Bucket, names: list[str], passed: PassedOver) -> list[str]:
-    images = []
-    for name in names:
-        parts = name.split("/")[1:]  # without the split
-        if any(part[0] == "." for part in parts if part):
-            passed.hidden.append(f"{root}/{name}")
-        elif is_image(name):
-            images.append(name)
-        else:
-            passed.endings[os.path.splitext(name)[1].lower() or "without ending"] += 1
-    return images
+    def check_is_there(self, split: str) -> None:
+        """Raise a FileNotFoundError unless a split has folders."""
+        if not self.root.folders(split):
+            raise FileNotFoundError(f"no folders in {self.root / split}; {self._layout}")
+
+    def where_images_belong(self, split: str) -> str:
+        """Return where images belong."""
+        return self._layout
+
+    def folders(self, below: str = "") -> list[str]:
+        """Return the names of the folders in it, or in a folder of it, sorted."""
+        return self.root.folders(below)
+
+    def class_folders(self, split: str, passed: PassedOver) -> list[str]:
+        """Return the folders of the classes as they are called, in torchvision's order."""
+        folders = self.root.folders(split)
+        passed.hidden += [f"{self.root}/{split}/{folder}" for folder in folders if folder[0] == "."]
+        return [folder for folder in folders if folder[0] != "."]
+
+    def list_images(
+        self, split: str, folders: list[str], passed: PassedOver
+    ) -> tuple[Paths, Integer[np.ndarray, " folders"]]:
+        """Return the paths of the images, one folder after the other, and how many each of them has."""
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            listed = pool.map(lambda folder: list(self.root.objects(f"{split}/{folder}")), folders)
+            lists = [sorted(self._images(names, passed), key=os.path.split) for names in listed]
+        return Paths.of(list(chain.from_iterable(lists))), np.array(list(map(len, lists)), np.int64)
+
+    def read_image(self, path: str) -> tuple[bytes, str]:
+        """Return an image, and what errors call it."""
+        return self.root.read(path), printable(f"{self.root}/{path}")
+
+    def files(self, split: str) -> dict[str, Entry]:
+        """Return the files in a split by name, not those in its folders."""
+        below = {name[len(split) + 1 :]: entry for name, entry in self.root.objects(split).items()}
+        return {name: entry for name, entry in below.items() if "/" not in name}
+
+    def have_settled(self, files: Mapping[str, Entry]) -> bool:
+        """Return True: each version of an object is called otherwise."""
+        return True
+
+    def open(self, path: str, entry: Entry) -> BinaryIO:
+        """Open a file of `files`, by its path in this folder."""
+        return self.root.open(path, entry)
+
+    def read_part(self, path: str, entry: Entry, start: int, size: int) -> bytes:
+        """Return bytes of a file that is as long as it was listed."""
+        return self.root.read_part(path, entry, start, size)
+
+    def check_links(self, split: str, found: dict[str, str], trained: dict[str, str]) -> list[str]:
+        """Return nothing: a bucket has no links."""
+        return []
+
+    def _images(self, names: list[str], passed: PassedOver) -> list[str]:
+        images = []
+        for name in names:
+            parts = name.split("/")[1:]  # without the split
+            if any(part[0] == "." for part in parts if part):
+                passed.hidden.append(f"{self.root}/{name}")
+            elif is_image(name):
+                images.append(name)
+            else:
+                passed.endings[os.path.splitext(name)[1].lower() or "without ending"] += 1
+        return images

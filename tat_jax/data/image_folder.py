@@ -1,25 +1,20 @@
 """Images in folders of their classes, as PyTorch has them."""
 
 import functools
-import os
 import unicodedata
 from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Integer
 from ml_collections import ConfigDict
 
-from tat_jax.buckets import Bucket, Place, place
-from tat_jax.data import bucket_folder
-from tat_jax.data.kept_lists import list_folders
-from tat_jax.data.listing import EXTENSIONS, PassedOver, Paths, identity, is_image, leads_to
-from tat_jax.data.source import SPLITS, Example, Source, printable, some
-from tat_jax.paths import expand
+from tat_jax.buckets import Place
+from tat_jax.data.folders import Folder, open_folder
+from tat_jax.data.listing import EXTENSIONS, PassedOver
+from tat_jax.data.source import Example, Source, printable, some
 
 FOLDERS = "folders"  # what `data.classes` says where ImageNet's ids are names like others
-_NOT_VAL = ("validation", "valid", "dev", "test")  # what the validation images are called elsewhere
+_LAYOUT = "images belong in {root}/train/<class>/ and {root}/val/<class>/"
 
 
 class ImageFolder:
@@ -45,36 +40,29 @@ class ImageFolder:
     """
 
     def __init__(self, root: str | Place, split: str, classes: str | None = None):
-        root = place(expand(str(root)))
-        passed = PassedOver()
-        if isinstance(root, Bucket):
-            bucket_folder.check_is_there(root, split)
-        else:
-            _check_is_there(root, root, split)
-            _check_is_there(root / split, root, split)
-        found = _folders(root, split, passed)
+        folder = self._folder = open_folder(root, _LAYOUT)
+        folder.check_is_there(split)
+        passed, here = PassedOver(), folder.root / split
+        found = _by_name(folder.class_folders(split, passed), here)
         if not found:
-            raise ValueError(f"{root / split} has no class folders; {_layout(root, split)}")
+            raise ValueError(f"{here} has no class folders; {folder.where_images_belong(split)}")
         trained = found
         if split != "train":
-            trained = _folders(root, "train", PassedOver())
+            trained = _by_name(folder.class_folders("train", PassedOver()), folder.root / "train")
         ids = imagenet_classes()
         has_ids = classes != FOLDERS and found.keys() | trained.keys() <= set(ids)
         if not has_ids:
-            _check_names(root, split, found, trained)
+            _check_names(folder.root, split, found, trained)
         self.classes = ids if has_ids else list(trained)
         self.num_classes = len(self.classes)
         numbers = {name: number for number, name in enumerate(self.classes)}
-        self._bucket = root if isinstance(root, Bucket) else None
-        folders = [str(root / split / folder_name) for folder_name in found.values()]
-        self._paths, counts = _list(root, split, found.values(), passed)
+        self._paths, counts = folder.list_images(split, list(found.values()), passed)
         self._labels = np.repeat(np.array([numbers[name] for name in found], np.int32), counts)
-        empty = [folder for folder, count in zip(folders, counts, strict=True) if not count]
+        empty = [str(here / name) for name, count in zip(found.values(), counts, strict=True) if not count]
         self.notes = passed.lines(split)
-        _check_all_were_read(root, passed, empty, self.notes)
-        if not isinstance(root, Bucket):
-            self.notes += _notes_of_links(root, split, found, trained)
-        self.notes += _notes_of_classes(root, split, found, trained, has_ids)
+        _check_all_were_read(folder.root, passed, empty, self.notes)
+        self.notes += folder.check_links(split, found, trained)
+        self.notes += _notes_of_classes(folder, split, found, trained, has_ids)
 
     @classmethod
     def open(cls, data: ConfigDict, split: str) -> Source:
@@ -85,31 +73,8 @@ class ImageFolder:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Example:
-        path = self._paths[index]
-        if self._bucket:
-            name = printable(f"{self._bucket}/{path}")
-            return Example(self._bucket.read(path), int(self._labels[index]), name)
-        try:
-            return Example(read(path), int(self._labels[index]), printable(path))
-        except OSError as error:
-            # Of the same kind, but without a number: what it comes of is no matter of the run's folder.
-            raise type(error)(
-                f"{printable(path)} cannot be read ({error.strerror}); make it readable, or take it out of "
-                "its folder"
-            ) from error
-
-
-def read(path: str) -> bytes:
-    """Return what a file holds, in half of the calls that Python's files make, which threads wait for."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        size = os.fstat(file).st_size
-        found = os.read(file, size)
-        while len(found) < size and (more := os.read(file, size - len(found))):  # as of a disk far away
-            found += more
-        return found
-    finally:
-        os.close(file)
+        image, name = self._folder.read_image(self._paths[index])
+        return Example(image, int(self._labels[index]), name)
 
 
 @functools.cache
@@ -118,99 +83,21 @@ def imagenet_classes() -> list[str]:
     return (Path(__file__).parent / "imagenet_wnids.txt").read_text().split()
 
 
-def _folders(root: Place, split: str, passed: PassedOver) -> dict[str, str]:
-    if isinstance(root, Bucket):
-        return bucket_folder.class_folders(root, split, passed)
-    return _class_folders(root / split, passed) if os.path.isdir(root / split) else {}
-
-
-def _list(
-    root: Place, split: str, folders: Iterable[str], passed: PassedOver
-) -> tuple[Paths, Integer[np.ndarray, " folders"]]:
-    """Return the paths of the images, one folder after the other, and how many each folder has."""
-    if isinstance(root, Bucket):
-        lists = bucket_folder.list_images(root, split, folders, passed)
-        return Paths.of(list(chain.from_iterable(lists))), np.array(list(map(len, lists)), np.int64)
-    return list_folders([str(root / split / folder) for folder in folders], passed)
-
-
-def _check_is_there(folder: Path, root: Path, split: str) -> None:
-    """Raise unless a path leads to a folder."""
-    try:
-        folder.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"no folder {folder}; {_layout(root, split)}") from None
-    except OSError as error:
-        raise type(error)(f"{folder} cannot be reached ({error.strerror}); let this user read it") from None
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file and no folder; {_layout(root, split)}")
-
-
-def _layout(root: Place, split: str) -> str:
-    """Return where images belong, and what may have been meant by a root that has no such split."""
-    layout = f"images belong in {root}/train/<class>/ and {root}/val/<class>/"
-    if isinstance(root, Bucket):
-        return layout
-    if root.name in SPLITS and os.path.isdir(root.parent / split):
-        return f"{layout}; did you mean --config.data.root={root.parent}?"
-    if split == "val" and not os.path.lexists(root / split):
-        for name in _NOT_VAL:
-            if os.path.isdir(root / name):
-                return f"{layout}; if {root / name} holds the images to validate, call it val"
-    inner = [root / name for name in _folder_names(root) if os.path.isdir(root / name / split)]
-    return f"{layout}; did you mean --config.data.root={inner[0]}?" if len(inner) == 1 else layout
-
-
-def _folder_names(folder: Path) -> list[str]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if leads_to(entry) == "folder")
-    except OSError:
-        return []
-
-
-def _class_folders(split: Path, passed: PassedOver) -> dict[str, str]:
-    """Return the folders of a split as they are called, by their names in Unicode's composed form.
-
-    They come sorted as torchvision sorts them.
+def _by_name(folders: list[str], split: Place) -> dict[str, str]:
+    """Return folders as they are called, by their names in Unicode's composed form.
 
     Raises:
-        FileNotFoundError: some are links that lead nowhere, whose classes would silently be missing.
-        OSError: the split cannot be read.
         ValueError: two names are the same to the eye.
     """
-    folders: dict[str, str] = {}
-    nowhere = []
-    try:
-        with os.scandir(split) as scanned:
-            entries = sorted(scanned, key=lambda entry: entry.name)
-    except OSError as error:
-        raise type(error)(f"{split} cannot be read ({error.strerror}); let this user read it") from None
-    for entry in entries:
-        kind, is_hidden = leads_to(entry), entry.name[0] == "."
-        if kind == "nowhere" and not (is_hidden or is_image(entry.name)):
-            target = f" → {os.readlink(entry.path)}" if entry.is_symlink() else ""
-            nowhere.append(f"{entry.name}{target}")
-        elif kind == "nowhere":
-            passed.nowhere.append(entry.path)
-        elif is_hidden and kind == "folder":
-            passed.hidden.append(entry.path)
-        elif kind == "folder":
-            name = unicodedata.normalize("NFC", entry.name)
-            if name in folders:
-                raise ValueError(
-                    f"{split} has two folders of one name in two Unicode forms, {folders[name]!a} and "
-                    f"{entry.name!a}: put their images into one"
-                )
-            folders[name] = entry.name
-        elif is_image(entry.name):
-            passed.beside.append(entry.path)
-    if nowhere:
-        raise FileNotFoundError(
-            f"class folders of {split} are links that lead nowhere: {some(nowhere)}; mount their disk, or "
-            "remove the links to do without these classes"
-        )
-    return folders
+    names: dict[str, str] = {}
+    for folder in folders:
+        first = names.setdefault(unicodedata.normalize("NFC", folder), folder)
+        if first != folder:
+            raise ValueError(
+                f"{split} has two folders of one name in two Unicode forms, {first!a} and {folder!a}: put "
+                "their images into one"
+            )
+    return names
 
 
 def _check_names(root: Place, split: str, found: Iterable[str], trained: Iterable[str]) -> None:
@@ -243,30 +130,8 @@ def _check_all_were_read(root: Place, passed: PassedOver, empty: list[str], line
         raise FileNotFoundError(f"no images in {some(empty)} ({' '.join(EXTENSIONS)}){what}")
 
 
-def _notes_of_links(root: Path, split: str, found: dict[str, str], trained: dict[str, str]) -> list[str]:
-    """Return what to note of class folders of `val` that are folders of `train` under another path.
-
-    Raises:
-        ValueError: two classes of the split are one folder, whose images would be of both.
-    """
-    places: dict[tuple[int, int], str] = {}
-    for name, folder_name in found.items():
-        first = places.setdefault(identity(str(root / split / folder_name)), name)
-        if first != name:
-            raise ValueError(
-                f"{root / split} has two classes that are one folder, {printable(first)} and "
-                f"{printable(name)}: its images would be of both; remove the link that is wrong"
-            )
-    if split == "train":
-        return []
-    same = [
-        name for name, folder_name in trained.items() if identity(str(root / "train" / folder_name)) in places
-    ]
-    return [f"{split} and train share the folders of their images: {some(same)}"] if same else []
-
-
 def _notes_of_classes(
-    root: Place, split: str, found: dict[str, str], trained: dict[str, str], has_ids: bool
+    folder: Folder, split: str, found: dict[str, str], trained: dict[str, str], has_ids: bool
 ) -> list[str]:
     """Return what should be known of the classes of a split, and may not be what is meant."""
     lines = []
@@ -282,8 +147,8 @@ def _notes_of_classes(
         )
     elif len(found) == 1:
         (name,) = found.values()
-        here = root / split / name
-        inner = here.folders() if isinstance(here, Bucket) else _folder_names(here)
-        within = f"; if {some(inner)} in it are the classes, they belong in {root / split}" if inner else ""
+        inner = folder.folders(f"{split}/{name}")
+        belong = f"; if {some(inner)} in it are the classes, they belong in {folder.root / split}"
+        within = belong if inner else ""
         lines.append(f"train has one class, {printable(name)}: nothing is to be told apart{within}")
     return lines

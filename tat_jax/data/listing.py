@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from jaxtyping import Integer, UInt8
@@ -32,6 +32,11 @@ class PassedOver:
     nowhere: list[str] = field(default_factory=list)
     back: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, said: dict[str, Any]) -> Self:
+        """Return what `vars` gave, and JSON kept."""
+        return cls(**said | {"endings": Counter(said["endings"])})
 
     def add(self, other: "PassedOver") -> None:
         """Take in what was passed over elsewhere."""

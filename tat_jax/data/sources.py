@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 from tat_jax.data.image_folder import ImageFolder
 from tat_jax.data.source import SPLITS, Example, NamedSource, Source
 from tat_jax.data.tfds import Tfds
+from tat_jax.data.webdataset import WebDataset
 
 
 class Digits:
@@ -52,7 +53,12 @@ class Digits:
         return Example(self._images[index], int(self._labels[index]), f"digit {self._indices[index]}")
 
 
-SOURCES: dict[str, type[NamedSource]] = {"imagefolder": ImageFolder, "tfds": Tfds, "digits": Digits}
+SOURCES: dict[str, type[NamedSource]] = {
+    "imagefolder": ImageFolder,
+    "webdataset": WebDataset,
+    "tfds": Tfds,
+    "digits": Digits,
+}
 
 
 def open_source(data: ConfigDict, split: str) -> Source:

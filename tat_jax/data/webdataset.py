@@ -1,0 +1,110 @@
+"""Images in tar files, as WebDataset writes them."""
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from tat_jax import buckets
+from tat_jax.buckets import Place
+from tat_jax.data.folders import Folder, open_folder
+from tat_jax.data.source import Example, Source, printable, some
+from tat_jax.data.tar_shards import UNLABELLED, list_shards
+
+CLASSES = "classes.txt"
+_LAYOUT = "shards belong in {root}/train/ and {root}/val/, as 00000.tar"
+
+
+class WebDataset:
+    """Images in `root/train/*.tar` and `root/val/*.tar`, each beside its class index: `0001.jpg`, `0001.cls`.
+
+    Shards come by name, their images as they lie in them. `root/classes.txt` names the classes, a line each;
+    without it there are as many as the greatest index of `train` says.
+
+    Args:
+        root: holds the splits, on this machine or in a bucket.
+        split: `train` or `val`.
+
+    Attributes:
+        classes: the names of the classes by their labels; None where none are said.
+        notes: what was passed over, and classes without images.
+
+    Raises:
+        FileNotFoundError: the folder, the split or its shards are missing.
+        OSError: shards cannot be read, or the bucket cannot be reached.
+        ValueError: a shard is compressed, damaged or without images; an image has no class index, or one
+            beyond the classes.
+    """
+
+    def __init__(self, root: str | Place, split: str):
+        self._folder = open_folder(root, _LAYOUT)
+        self._shards = list_shards(self._folder, split)
+        self._files = list(self._shards.files.items())
+        self.classes = _classes(self._folder)
+        if self.classes is not None:
+            self.num_classes = len(self.classes)
+        else:
+            trained = self._shards if split == "train" else list_shards(self._folder, "train")
+            self.num_classes = int(trained.label.max()) + 1
+        self._check_labels()
+        self.notes = self._shards.passed.lines(split) + self._notes_of_classes(split)
+
+    @classmethod
+    def open(cls, data: ConfigDict, split: str) -> Source:
+        """Open a split of the images in `data.root`."""
+        return cls(data.root, split)
+
+    def __len__(self) -> int:
+        return len(self._shards.names)
+
+    def __getitem__(self, index: int) -> Example:
+        shards = self._shards
+        path, entry = self._files[shards.shard[index]]
+        image = self._folder.read_part(path, entry, int(shards.start[index]), int(shards.size[index]))
+        return Example(image, int(shards.label[index]), self._name(index))
+
+    def _name(self, index: int) -> str:
+        path, _ = self._files[self._shards.shard[index]]
+        return printable(f"{self._folder.root}/{path}/{self._shards.names[index]}")
+
+    def _check_labels(self) -> None:
+        """Raise a ValueError unless each image has the index of a class."""
+        labels = self._shards.label
+        if (wrong := np.flatnonzero(labels == UNLABELLED)).size:
+            name = self._name(int(wrong[0]))
+            raise ValueError(
+                f"{name} has no class index beside it, as a file of its name that ends in .cls; of "
+                f"{len(labels):,} images {len(wrong):,} have none"
+            )
+        if (wrong := np.flatnonzero(labels >= self.num_classes)).size:
+            first = int(wrong[0])
+            says = f"{CLASSES} names" if self.classes is not None else "train has"
+            raise ValueError(
+                f"{self._name(first)} is of class {labels[first]}, and {says} {self.num_classes:,}, from 0 on"
+            )
+
+    def _notes_of_classes(self, split: str) -> list[str]:
+        """Return what to note of classes that the split has no images of."""
+        present = set(np.unique(self._shards.label).tolist())
+        missing = [label for label in range(self.num_classes) if label not in present]
+        if not missing:
+            return []
+        names = [str(label) if self.classes is None else self.classes[label] for label in missing]
+        return [f"{split} has no images of {len(missing):,} of {self.num_classes:,} classes: {some(names)}"]
+
+
+def _classes(folder: Folder) -> list[str] | None:
+    """Return the names of the classes, if a file says them.
+
+    Raises:
+        ValueError: it is no text, or a class has no name.
+    """
+    place = folder.root / CLASSES
+    try:
+        lines = buckets.read(folder.root, CLASSES).decode("utf-8-sig").rstrip().split("\n")
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError:
+        raise ValueError(f"{place} is no text in UTF-8") from None
+    names = [line.strip() for line in lines]
+    if "" in names:
+        raise ValueError(f"line {1 + names.index('')} of {place} is empty: each one names a class, by label")
+    return names
