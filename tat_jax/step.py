@@ -9,7 +9,7 @@ from tat_jax import distill, sharding
 from tat_jax.distill import Recipe
 
 # On a CPU, XLA's YNNPACK convolutions take a third more time for a step than its others; its reductions less.
-_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
 def jit_train_step(recipe: Recipe, mesh: Mesh) -> jax.stages.Wrapped:
@@ -19,5 +19,5 @@ def jit_train_step(recipe: Recipe, mesh: Mesh) -> jax.stages.Wrapped:
         functools.partial(distill.train_step, recipe),
         donate_argnums=0,
         out_shardings=(whole, whole),
-        compiler_options=_CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None,
+        compiler_options=CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None,
     )

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from proofs.bench import growth, loss, sidebyside
+from proofs.bench import convolutions, growth, loss, sidebyside
 from proofs.bench import input as bench_input
 from proofs.bench.growth import Machine, estimate, plot
 from proofs.bench.sidebyside import Row, compare_times
@@ -103,3 +103,14 @@ def test_the_roofline_is_the_tighter_of_operations_and_bytes(moved, binds, bound
     row = roofline("step", 2.0, 8, (40.0, moved), peaks=(100.0, 50.0))
     assert (row.ours, row.rival, row.ratio) == (2.0, bound, 2.0 / bound)
     assert f"{binds} bind" in row.name
+
+
+def test_a_convolution_and_its_gradients_are_compared_each(monkeypatch):
+    monkeypatch.setattr(sidebyside, "_PAUSE", 0)
+    rows = convolutions.measure_one(convolutions.Convolution(8, 4, 8, 3, 2), images=True, batch=2)
+    assert [row.name.partition(": ")[2] for row in rows] == [
+        "forward",
+        "kernel's gradient",
+        "input's gradient",
+    ]
+    assert all(row.ours > 0 and row.rival > 0 for row in rows)
