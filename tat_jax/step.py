@@ -9,7 +9,7 @@ from tat_jax import distill, sharding
 from tat_jax.distill import Recipe
 
 # On a CPU, XLA's YNNPACK convolutions take a third more time for a step than its others; its reductions less.
-CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+CPU_OPTIONS: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
 def jit_train_step(recipe: Recipe, mesh: Mesh) -> jax.stages.Wrapped:

@@ -1,7 +1,7 @@
 """Each kind of convolution of a ResNet-18 at 224², forward and its two gradients: ours beside PyTorch's.
 
-`python -m proofs.bench.convolutions [--json FILE]`. Batch 16 in float32 on a CPU, compiled as the training step
-is; PyTorch is channels-last. It tells where the step's time goes.
+`python -m proofs.bench.convolutions [--json FILE]`. Batch 16 in float32 on a CPU, compiled as the training
+step is; PyTorch is channels-last. It tells where the step's time goes.
 """
 
 from collections.abc import Callable
