@@ -9,7 +9,8 @@ from einops import rearrange
 from flax import nnx
 
 from proofs.torch_resnet import random_torch_resnet
-from tat_jax import networks
+from tat_jax import networks, sharding
+from tat_jax.compiled import describe
 from tat_jax.networks import stem
 from tat_jax.networks.layers import BatchNorm
 from tat_jax.networks.resnet import ARCHITECTURES, BasicBlock, architecture
@@ -101,7 +102,17 @@ def test_batch_normalisation_trains_as_pytorchs_running_variance_included(x64):
     assert relative_error(ours(jnp.asarray(x)), expected) < 1e-12
 
 
-def test_on_accelerators_the_same_gradient_takes_a_reduction_less(x64, monkeypatch):
+@pytest.fixture(params=["cuda", "tpu"])
+def elsewhere(request, monkeypatch):
+    """Return a function after which is traced what another platform computes."""
+
+    def choose(*arguments, default, **of_platforms):
+        return of_platforms.get(request.param, default)(*arguments)
+
+    return lambda: monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+
+
+def test_on_accelerators_the_same_gradient_takes_a_reduction_less(x64, elsewhere):
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(6, 5, 7, 4)))
     x, where = jnp.asarray(np.random.default_rng(0).normal(2, 3, weights.shape)), jnp.arange(6) != 4
 
@@ -109,10 +120,35 @@ def test_on_accelerators_the_same_gradient_takes_a_reduction_less(x64, monkeypat
         return (weights * BatchNorm(4, group=3, dtype=jnp.float64)(x, train=True, where=where)).sum()
 
     here = jax.jit(jax.grad(loss)).lower(x).compile()
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arguments, cpu, default: default(*arguments))
+    elsewhere()
     there = jax.jit(jax.grad(lambda x: loss(x))).lower(x).compile()
     np.testing.assert_allclose(there(x), here(x), rtol=1e-11, atol=1e-13)
     assert here.cost_analysis()["flops"] - there.cost_analysis()["flops"] >= x.size
+
+
+@pytest.mark.parametrize("elsewhere", ["tpu"], indirect=True)
+def test_on_tpus_a_variance_about_the_running_mean_rounds_as_one_about_the_mean(elsewhere):
+    x = np.random.default_rng(0).normal(1000, 1, (8, 5, 7, 4)).astype(np.float32)
+    exact = x.astype(np.float64)
+    expected = (exact - exact.mean((0, 1, 2))) / np.sqrt(exact.var((0, 1, 2)) + BatchNorm.epsilon)
+    elsewhere()
+    norm = BatchNorm(4)
+    norm.mean[...] = jnp.full(4, 998.0)
+    np.testing.assert_allclose(norm(jnp.asarray(x), train=True), expected, atol=5e-4)
+
+
+@pytest.mark.parametrize("elsewhere", ["tpu"], indirect=True)
+def test_on_tpus_devices_send_the_statistics_of_a_group_at_once(elsewhere):
+    mesh = sharding.make_mesh()
+    rows = jax.ShapeDtypeStruct((16, 3, 3, 4), np.float32, sharding=sharding.batched(mesh))
+
+    def sent():
+        step = jax.jit(lambda x: BatchNorm(4)(x, train=True), out_shardings=sharding.batched(mesh))
+        return describe(step.lower(rows).compile()).collectives["all-reduce"]
+
+    assert sent() == (2, 2 * 4 * 4)
+    elsewhere()
+    assert sent() == (1, 2 * 4 * 4)
 
 
 def test_groups_are_normalised_like_batches_of_their_own():

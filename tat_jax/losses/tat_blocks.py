@@ -15,6 +15,8 @@ from tat_jax.networks.layers import at_least_float32
 
 # Scores of an image that the loss holds at once, 8 MiB in float32; larger maps it takes in blocks of queries.
 SCORES = 2**21
+# Those of a block on GPUs and TPUs, which with fewer wait for memory: docs/gpu.md, docs/pods.md.
+_ON_ACCELERATORS = 2**23
 
 Heads = Float[Array, "batch heads positions depth"]
 
@@ -24,14 +26,20 @@ def dot(equation: str, x: Array, y: Array) -> Array:
     return jnp.einsum(equation, x, y, precision="highest", preferred_element_type=at_least_float32(y.dtype))
 
 
-@jax.custom_vjp
 def errors_in_blocks(query: Heads, key: Heads, value: Heads, target: Heads) -> Float[Array, " batch"]:
     """Return the sum of squared errors of each image, without ever holding all scores.
 
     Each query's error is a term of its own in the sum, so its gradient is complete as soon as its scores are
     there: the pass over the blocks that sums the errors sums the gradients, too, and computes no score twice.
     """
-    return _scan_blocks(query, key, value, target, _Wanted(False, False, False, False))[0]
+    here, elsewhere = (functools.partial(_errors, scores) for scores in (SCORES, _ON_ACCELERATORS))
+    return jax.lax.platform_dependent(query, key, value, target, cpu=here, default=elsewhere)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _errors(scores: int, query: Heads, key: Heads, value: Heads, target: Heads) -> Float[Array, " batch"]:
+    """Return them by blocks of so many scores an image."""
+    return _scan_blocks(scores, query, key, value, target, _Wanted(False, False, False, False))[0]
 
 
 class _Wanted(NamedTuple):
@@ -43,23 +51,23 @@ class _Wanted(NamedTuple):
     target: bool
 
 
-def _forward(*maps: Any) -> tuple[Array, tuple[Array | None, ...]]:
+def _forward(scores: int, *maps: Any) -> tuple[Array, tuple[Array | None, ...]]:
     query, key, value, target = (x.value for x in maps)
-    return _scan_blocks(query, key, value, target, _Wanted(*(x.perturbed for x in maps)))
+    return _scan_blocks(scores, query, key, value, target, _Wanted(*(x.perturbed for x in maps)))
 
 
-def _backward(gradients: tuple[Array | None, ...], by_errors: Any) -> tuple[Array | None, ...]:
+def _backward(_: int, gradients: tuple[Array | None, ...], by_errors: Any) -> tuple[Array | None, ...]:
     if isinstance(by_errors, jax.custom_derivatives.SymbolicZero):
         return (None,) * len(gradients)
     factor = rearrange(by_errors, "b -> b 1 1 1")
     return tuple(None if g is None else (factor * g).astype(g.dtype) for g in gradients)
 
 
-errors_in_blocks.defvjp(_forward, _backward, symbolic_zeros=True)
+_errors.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _scan_blocks(
-    query: Heads, key: Heads, value: Heads, target: Heads, wanted: _Wanted
+    scores: int, query: Heads, key: Heads, value: Heads, target: Heads, wanted: _Wanted
 ) -> tuple[Float[Array, " batch"], tuple[Heads | None, ...]]:
     """Return the sum of squared errors of each image, and its gradient by each map that is wanted.
 
@@ -68,7 +76,7 @@ def _scan_blocks(
     """
     _, heads, positions, _ = query.shape
     exact = at_least_float32(value.dtype)
-    blocks = functools.partial(_blocks, size=max(1, SCORES // (heads * positions)))
+    blocks = functools.partial(_blocks, size=max(1, scores // (heads * positions)))
 
     def step(sums: tuple[Array, Array | None, Array | None], block: tuple[Array, Array, Array]) -> Any:
         errors, by_key, by_value = sums

@@ -94,8 +94,11 @@ class BatchNorm(nnx.Module):
             raise ValueError(f"bn_group={group} does not divide the batch of {batch} images")
         y = rearrange(x.astype(at_least_float32(x.dtype)), "(g n) h w c -> g n h w c", n=group)
         if train:
+            # On a TPU both statistics are sums of one pass; about the running mean they round well.
+            origin = jax.lax.platform_dependent(self.mean[...], tpu=lambda mean: mean, default=jnp.zeros_like)
+            y -= rearrange(jax.lax.stop_gradient(origin), "c -> 1 1 1 1 c")
             mean, var, count = _statistics(y, where)
-            self._update_running(mean[0], var[0], count[0])
+            self._update_running(mean[0] + origin, var[0], count[0])
         else:
             mean, var = self.mean[...][None], self.var[...][None]
         factor = jax.lax.rsqrt(var + self.epsilon) * self.scale[...][None]
@@ -122,10 +125,16 @@ def _statistics(
     weight = rearrange(weight, "g n -> g n 1 1 1")
     mean = reduce(x * weight, "g n h w c -> g c", "sum") / count[:, None]
     # The variance's gradient by the mean, a sum of deviations, is zero: without it the backward pass reads
-    # activations once less. On a CPU it stays, so that runs of before continue bit by bit.
-    centre = jax.lax.platform_dependent(mean, cpu=lambda mean: mean, default=jax.lax.stop_gradient)
+    # activations once less. On a CPU it stays, so that runs of before continue bit by bit. A TPU takes
+    # E[x²] − E[x]², which does not wait for the mean.
+    centre = jax.lax.platform_dependent(
+        mean, cpu=lambda mean: mean, tpu=jnp.zeros_like, default=jax.lax.stop_gradient
+    )
     deviation = x - rearrange(centre, "g c -> g 1 1 1 c")
     var = reduce(deviation**2 * weight, "g n h w c -> g c", "sum") / count[:, None]
+    var = jax.lax.platform_dependent(
+        var, mean, tpu=lambda var, mean: jnp.maximum(var - mean**2, 0), default=lambda var, _: var
+    )
     return mean, var, count
 
 
