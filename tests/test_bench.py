@@ -8,7 +8,8 @@ import pytest
 
 from proofs.bench import growth, loss, sidebyside
 from proofs.bench import input as bench_input
-from proofs.bench.growth import Machine, estimate, plot
+from proofs.bench.growth import plot
+from proofs.bench.paper import Machine, estimate
 from proofs.bench.sidebyside import Row, compare_times
 from proofs.bench.step import roofline
 from proofs.photographs import photographs
@@ -91,10 +92,15 @@ def test_an_estimate_is_the_tighter_limit_and_the_time_of_the_gradients():
 
 
 def test_growth_is_drawn(tmp_path):
-    batches = [{"batch": 4, "MiB": 1.0}, {"batch": 8, "MiB": 2.0}]
-    positions = [{"positions": 49, "MiB": 1.0, "ms": 1.0}, {"positions": 64, "MiB": 2.0, "ms": 2.0}]
-    devices = [{"devices": n, "images on each": i, "MiB": 1.0} for n in (1, 2) for i in (2, 8)]
-    plot(batches, positions, devices, tmp_path / "growth.png")
+    figures = {
+        "batches": [{"batch": 4, "MiB": 1.0}, {"batch": 8, "MiB": 2.0}],
+        "crops": [{"pixels": 64, "MiB": 1.0}, {"pixels": 128, "MiB": 2.0}],
+        "positions": [{"positions": 49, "MiB": 1.0, "ms": 1.0}, {"positions": 64, "MiB": 2.0, "ms": 2.0}],
+    }
+    of_devices = {"MiB sent": 1.0, "GFLOP": 1.0, "temporaries, MiB": 1.0}
+    for kind in ("weak", "strong"):
+        figures[kind] = [{"devices": n, "images on each": 2, **of_devices} for n in (1, 2)]
+    plot(figures, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
