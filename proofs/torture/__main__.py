@@ -1,4 +1,4 @@
-"""Bring about every fault, and print what survives: `make torture`, two hours on two cores.
+"""Bring about every fault, and print what survives: `make torture`, two and a half hours on two cores.
 
 Parts that are named run alone. Each writes its table into docs/torture.md.
 """
