@@ -4,6 +4,8 @@ Sixty-four interpreters would take 25 GB, and import for minutes. `Crowd` starts
 them: `python -m proofs.crowd FOLDER COUNT ARGUMENT…`, the arguments being those of `main.py`.
 """
 
+import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -24,6 +26,7 @@ from tat_jax import check, cli, evaluate, study, train
 
 _WARM = (check, evaluate, jax, matplotlib.figure, optax, study, train)  # imported before the fork, so once
 _EVENTS = {"open": "open", "os.listdir": "list", "os.scandir": "list"}  # of Python, by what they are here
+_PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when the one that started it ends
 _LIMIT = 1200.0  # seconds until it counts as hanging
 
 
@@ -82,8 +85,9 @@ class Crowd(Program):
         return [Touched(*json.loads(line)) for line in lines]
 
     def signal(self, index: int, number: int) -> None:
-        """Send a signal to one of the processes."""
-        os.kill(int((self.folder / f"{index}.pid").read_text()), number)
+        """Send a signal to one of the processes; one that has ended does not hear it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int((self.folder / f"{index}.pid").read_text()), number)
 
     def is_alive(self, index: int) -> bool:
         """Return whether one of the processes has not ended."""
@@ -102,6 +106,7 @@ class Crowd(Program):
 
 def main(folder: Path, count: int, *arguments: str) -> None:
     """Fork processes, and write down how each ended."""
+    _end_with_parent()
     environments = by_address(count) if count > 1 else [{}]
     gc.collect()
     gc.freeze()  # or the collector would write to, and so copy, what they share
@@ -125,6 +130,7 @@ def main(folder: Path, count: int, *arguments: str) -> None:
 
 def _become(folder: Path, index: int, environment: dict[str, str]) -> None:
     """Make a forked process the one of a number: its environment, where it prints, what is noted of it."""
+    _end_with_parent()
     os.environ.update(environment)
     output = os.open(folder / f"{index}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
@@ -138,6 +144,11 @@ def _become(folder: Path, index: int, environment: dict[str, str]) -> None:
             os.write(noted, json.dumps(touched).encode() + b"\n")
 
     sys.addaudithook(note)
+
+
+def _end_with_parent() -> None:
+    """Let this process end with the one that started it, however that ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

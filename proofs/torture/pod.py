@@ -83,21 +83,24 @@ class Pod:
     def hit(self, victim: int, number: int) -> Hit:
         """Start, send one process a signal when a checkpoint and some steps have been made, and wait."""
         announce(f"{signal.Signals(number).name} to process {victim} of {self._count}")
-        before = self._last_row()
-        since = self._saved()
+        row, saved = self._last_row(), self._saved()
         crowd = self.start()
-        crowd.wait_until(lambda: self._last_row() != before and self._saved() > since, "a checkpoint")
-        began, first = time.monotonic(), self._last_row()
-        time.sleep(self._rng.uniform(1, 4))
-        speed = (self._last_row() - first) / (time.monotonic() - began)
-        crowd.signal(victim, number)
-        sent = time.monotonic()
-        others = [i for i in range(self._count) if i != victim]
-        while any(map(crowd.is_alive, others)) and time.monotonic() - sent < _LATE:
-            time.sleep(0.1)
-        if crowd.is_alive(victim) and number in (signal.SIGKILL, signal.SIGSTOP):
-            crowd.signal(victim, signal.SIGKILL)
-        ended = crowd.ended()
+        try:
+            crowd.wait_until(lambda: self._last_row() != row and self._saved() > saved, "a checkpoint")
+            began, first = time.monotonic(), self._last_row()
+            time.sleep(self._rng.uniform(1, 4))
+            speed = (self._last_row() - first) / (time.monotonic() - began)
+            crowd.signal(victim, number)
+            sent = time.monotonic()
+            others = [i for i in range(self._count) if i != victim]
+            awaited = others if number == signal.SIGSTOP else range(self._count)
+            while any(map(crowd.is_alive, awaited)) and time.monotonic() - sent < _LATE:
+                time.sleep(0.1)
+            for index in filter(crowd.is_alive, range(self._count)):
+                crowd.signal(index, signal.SIGKILL)
+            ended = crowd.ended()
+        finally:
+            crowd.kill()
         seconds = max(ended[i].at for i in others) - sent
         lost = self._last_row() - self._saved()
         return Hit(lost, seconds, speed, _wrong(crowd, ended, others, number, seconds))

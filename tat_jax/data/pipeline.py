@@ -265,7 +265,7 @@ def check_same(config: ConfigDict, *pipelines: Pipeline) -> None:
     things = {"the config": shared, "what was found of images": found}
     sharding.check_same(
         {
-            what: hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()
+            what: hashlib.sha256(json.dumps(thing, sort_keys=True, default=str).encode()).hexdigest()
             for what, thing in things.items()
         }
     )
