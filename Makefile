@@ -46,7 +46,7 @@ pods: $(VENV)/installed-$(ACCELERATOR)-test
 	$(BIN)/python -m proofs.pods $(PARTS)
 
 # Kill, fill the disk, hand over hostile files …, and say what survives, two and a half hours long. PARTS: some of kill,
-# preemption, elastic, processes, hosts, pod, disk, buckets, strangers, endurance.
+# preemption, elastic, processes, hosts, pod, intervals, disk, buckets, strangers, endurance.
 torture: $(VENV)/installed-$(ACCELERATOR)-test
 	$(BIN)/python -m proofs.torture $(if $(PHOTOS),--photos $(PHOTOS)) $(PARTS)
 

@@ -118,6 +118,9 @@ class RunCheckpoints:
                 return  # a process that is gone would be waited for
             try:
                 self._manager.close()
+            except jax.errors.JaxRuntimeError:
+                if error is None:
+                    raise
             except Exception as failure:  # Orbax raises whatever its storage layers raise.
                 if error is None:
                     raise self._not_saved(failure) from failure
@@ -171,6 +174,8 @@ class RunCheckpoints:
                 ),
                 metrics=metrics,
             )
+        except jax.errors.JaxRuntimeError:
+            raise  # of devices, or of a process that is gone, and not of the disk
         except Exception as failure:  # Orbax raises whatever its storage layers raise.
             raise self._not_saved(failure) from failure
 
@@ -180,6 +185,8 @@ class RunCheckpoints:
             return
         try:
             self._manager.check_for_errors()
+        except jax.errors.JaxRuntimeError:
+            raise  # of devices, or of a process that is gone, and not of the disk
         except Exception as failure:  # Orbax raises whatever its storage layers raise.
             raise self._not_saved(failure) from failure
 

@@ -31,7 +31,8 @@ PARTS: Mapping[str, Part] = {
     "elastic": lambda _: elastic.faults(),
     "processes": lambda _: processes.faults(),
     "hosts": lambda _: hosts.hosts(),
-    "pod": lambda _: pod.faults(),
+    "pod": lambda _: pod.signal_faults(),
+    "intervals": lambda _: pod.interval_faults(),
     "disk": lambda _: disk.faults(),
     "buckets": lambda _: buckets.faults(),
     "strangers": lambda chosen: strangers.faults(
