@@ -87,7 +87,7 @@ class Pod:
         crowd = self.start()
         try:
             crowd.wait_until(lambda: self._last_row() != row and self._saved() > saved, "a checkpoint")
-            time.sleep(self._rng.uniform(1, 4))
+            time.sleep(60 * self._minutes * self._rng.uniform(0.5, 1.5))
             crowd.signal(victim, number)
             sent = time.monotonic()
             others = [i for i in range(self._count) if i != victim]
