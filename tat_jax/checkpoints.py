@@ -118,9 +118,6 @@ class RunCheckpoints:
                 return  # a process that is gone would be waited for
             try:
                 self._manager.close()
-            except jax.errors.JaxRuntimeError:
-                if error is None:
-                    raise
             except Exception as failure:  # Orbax raises whatever its storage layers raise.
                 if error is None:
                     raise self._not_saved(failure) from failure
@@ -174,8 +171,6 @@ class RunCheckpoints:
                 ),
                 metrics=metrics,
             )
-        except jax.errors.JaxRuntimeError:
-            raise  # of devices, or of a process that is gone, and not of the disk
         except Exception as failure:  # Orbax raises whatever its storage layers raise.
             raise self._not_saved(failure) from failure
 
@@ -185,12 +180,16 @@ class RunCheckpoints:
             return
         try:
             self._manager.check_for_errors()
-        except jax.errors.JaxRuntimeError:
-            raise  # of devices, or of a process that is gone, and not of the disk
         except Exception as failure:  # Orbax raises whatever its storage layers raise.
             raise self._not_saved(failure) from failure
 
-    def _not_saved(self, failure: Exception) -> OSError:
+    def _not_saved(self, failure: Exception) -> Exception:
+        """Return what to raise of a save that failed: of the disk, or where a process is gone of that."""
+        cause: BaseException = failure
+        while cause.__cause__:
+            cause = cause.__cause__
+        if isinstance(cause, jax.errors.JaxRuntimeError) or str(cause).startswith("UNKNOWN: Gloo"):
+            return jax.errors.JaxRuntimeError(str(cause))
         whole = folders.steps(self._run)
         kept = f"the checkpoint of step {whole[-1]} is kept" if whole else "there is none before it"
         return OSError(

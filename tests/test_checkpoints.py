@@ -115,7 +115,8 @@ def test_a_measure_that_is_no_number_damages_no_checkpoint(tmp_path):
 @pytest.mark.parametrize("call", ["save", "check_for_errors", "close"])
 def test_a_process_that_is_lost_during_a_save_is_no_failure_of_the_disk(tmp_path, monkeypatch, call):
     def lose(*_, **__):
-        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+        lost = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+        raise ValueError("an error of a thread of Orbax") from lost
 
     def save_and_check():
         with RunCheckpoints(tmp_path) as checkpoints:
