@@ -37,7 +37,8 @@ bench: $(VENV)/installed-$(ACCELERATOR)-bench
 	$(BIN)/python -m proofs.bench.input $(if $(PHOTOS),--photos $(PHOTOS)) --json runs/bench/input.json
 	$(BIN)/python -m proofs.bench.loop --json runs/bench/loop.json
 	$(BIN)/python -m proofs.bench.start --json runs/bench/start.json
-	$(BIN)/python -m proofs.bench.growth --input runs/bench/input.json --json runs/bench/growth.json --plot docs/growth.png
+	$(BIN)/python -m proofs.bench.growth --json runs/bench/growth.json --plot docs/growth.png
+	$(BIN)/python -m proofs.bench.convolutions --json runs/bench/convolutions.json
 
 # What a machine with an NVIDIA GPU shows, in ten minutes, into docs/gpu.md. PARTS: some of tests, fidelity, step,
 # loss, loop, kill.
@@ -50,8 +51,8 @@ pods: $(VENV)/installed-$(ACCELERATOR)-test
 	$(PIP) "jax[tpu]"
 	$(BIN)/python -m proofs.pods $(PARTS)
 
-# Kill, fill the disk, hand over hostile files …, and say what survives, two hours long. PARTS: some of kill,
-# preemption, elastic, processes, disk, buckets, strangers, endurance.
+# Kill, fill the disk, hand over hostile files …, and say what survives, two and a half hours long. PARTS: some of
+# kill, preemption, elastic, processes, hosts, pod, intervals, disk, buckets, strangers, endurance.
 torture: $(VENV)/installed-$(ACCELERATOR)-test
 	$(BIN)/python -m proofs.torture $(if $(PHOTOS),--photos $(PHOTOS)) $(PARTS)
 

@@ -54,13 +54,6 @@ def to_write(text: str) -> Path:
     return path
 
 
-def to_read(text: str) -> Path:
-    """Return the path of a file that is read when all is measured; it is there."""
-    if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"there is no file {text}")
-    return Path(text)
-
-
 def publish(tables: Sequence[str], figures: Any, to: Path | None) -> None:
     """Print tables, and write the figures that they are made of as JSON."""
     print("", *tables, circumstances(), sep="\n\n")

@@ -1,10 +1,13 @@
 """The short forms of `make torture`, run by `make proofs`: what is done to a run or a file is survived."""
 
+import signal
+
 import numpy as np
 import pytest
 
 from proofs.report import table
-from proofs.torture import buckets, disk, elastic, endurance, kill, preemption, processes
+from proofs.torture import buckets, disk, elastic, endurance, hosts, kill, preemption, processes
+from proofs.torture.pod import Pod
 from proofs.torture.small_run import finish
 
 
@@ -37,6 +40,23 @@ def test_each_of_two_processes_names_its_own_half_of_a_batch_that_is_no_number()
 
 def test_when_one_process_dies_the_other_ends_and_both_continue_exactly():
     assert_survived(processes.kill_faults((1,)))
+
+
+def test_each_of_four_hosts_reads_its_own_images_and_writes_its_own_quarter_of_the_arrays():
+    (four,) = hosts.hosts((4,))
+    assert four.holds, table([four])
+    assert four.images == 64
+    assert four.shares == pytest.approx((0.25, 0.25), abs=0.01)
+
+
+def test_a_signal_to_one_of_four_hosts_ends_all_and_costs_no_step_and_a_kill_those_since_the_checkpoint(
+    tmp_path,
+):
+    pod = Pod(tmp_path, 4, 0.02)
+    told, killed = pod.hit(3, signal.SIGTERM), pod.hit(2, signal.SIGKILL)
+    assert told.wrong == killed.wrong == []
+    assert told.lost == 0 <= killed.lost
+    assert pod.finish(pod.epoch()) == []
 
 
 def test_a_run_in_a_bucket_goes_on_elsewhere_and_in_processes_that_share_no_disk():

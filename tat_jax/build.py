@@ -90,7 +90,7 @@ def build(
         leave_out_not_finite=config.steps_left_out > 0,
     )
     state = distill.init_state(distillation, optimizer)
-    state, teacher_state = jax.device_put((state, teacher_state), sharding.replicated(mesh))
+    state, teacher_state = sharding.put_whole((state, teacher_state), mesh, what="the networks' weights")
     return Built(recipe, state, teacher_state, learner, terms)
 
 

@@ -183,7 +183,13 @@ class RunCheckpoints:
         except Exception as failure:  # Orbax raises whatever its storage layers raise.
             raise self._not_saved(failure) from failure
 
-    def _not_saved(self, failure: Exception) -> OSError:
+    def _not_saved(self, failure: Exception) -> Exception:
+        """Return what to raise of a save that failed: of the disk, or where a process is gone of that."""
+        cause: BaseException = failure
+        while cause.__cause__:
+            cause = cause.__cause__
+        if isinstance(cause, jax.errors.JaxRuntimeError) or str(cause).startswith("UNKNOWN: Gloo"):
+            return jax.errors.JaxRuntimeError(str(cause))
         whole = folders.steps(self._run)
         kept = f"the checkpoint of step {whole[-1]} is kept" if whole else "there is none before it"
         return OSError(

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from tat_jax import buckets, experiment, networks, sharding
 from tat_jax.batch import Batch
 from tat_jax.buckets import Place
-from tat_jax.data.pipeline import Pipeline, open_pipeline
+from tat_jax.data.pipeline import Pipeline, check_same, open_pipeline
 from tat_jax.data.source import class_names, notes
 from tat_jax.metrics import progress
 from tat_jax.networks import Network, OwnNetwork
@@ -69,6 +69,7 @@ def run(
     named = f"the {which} checkpoint of {folder}" if choose else which
     mesh = sharding.make_mesh()
     pipeline = open_pipeline(config, "val", batch_size=sharding.round_up(config.batch_size, mesh))
+    check_same(config, pipeline)
     if network.origin["head"] == "fresh":
         raise ValueError(f"{named} has a head that was never trained: its logits mean nothing")
     if wrong := other_classes(network, pipeline.source.num_classes, class_names(pipeline.source)):
@@ -77,7 +78,7 @@ def run(
     for line in (*notes(pipeline.source), *_other_sizes(network, named, task, config)) if show else ():
         print(f"note: {line}", file=sys.stderr)
     graph, state = nnx.split(network.view)
-    state = jax.device_put(state, sharding.replicated(mesh))
+    state = sharding.put_whole(state, mesh, what="the weights")
     return evaluate(graph, state, task, pipeline, mesh, show=show)
 
 

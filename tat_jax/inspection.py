@@ -160,7 +160,7 @@ def measure_teacher(
         threads=config.data.threads,
     )
     graph, state = nnx.split(teacher.view)
-    state = jax.device_put(state, sharding.replicated(mesh))
+    state = sharding.put_whole(state, mesh, what="the teacher's weights")
     evaluation = evaluate(graph, state, task, data, mesh, show=False)
     # A teacher of few classes is right by chance often: a fifth of the way from there to always.
     chance = task.chance(sample.num_classes)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,7 +57,8 @@ def local(text: str) -> Path:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield where to write a file that is to be at `path` whole or not at all, whoever else writes it now."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    # Not the number of this process, which one of another machine may have that shares this disk.
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
     try:
         yield partial
         partial.replace(path)

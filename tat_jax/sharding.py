@@ -4,14 +4,18 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from tat_jax.weights.store import digest
+
+_Tree = TypeVar("_Tree")
 # What starts several processes says so in the environment: SLURM, Open MPI, a TPU pod, or a person.
 _CLUSTER_SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -116,6 +120,50 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
 def round_up(batch_size: int, mesh: Mesh) -> int:
     """Return the smallest size not below `batch_size` that the devices share evenly."""
     return -(-batch_size // mesh.size) * mesh.size
+
+
+def check_same(digests: Mapping[str, str]) -> None:
+    """Raise a ValueError unless all processes have the same things.
+
+    Args:
+        digests: the SHA-256 of each in hexadecimal, by what it is, as in "the config".
+    """
+    if jax.process_count() == 1:
+        return
+    own = np.array([list(bytes.fromhex(sha)) for sha in digests.values()], np.uint8)
+    of_all = multihost_utils.process_allgather(own)
+    for i, what in enumerate(digests):
+        others = np.flatnonzero((of_all[:, i] != of_all[0, i]).any(axis=1)).tolist()
+        if others:
+            raise ValueError(
+                f"{what} of process {others[0]} of {jax.process_count()} is another than of process 0: start "
+                "all by the same command, on the same files"
+            )
+
+
+def put_whole(arrays: _Tree, mesh: Mesh, *, what: str) -> _Tree:
+    """Return arrays that lie in each process as ones that lie whole on every device.
+
+    `jax.device_put` would let each process gather every array of all the others, to compare them.
+
+    Args:
+        arrays: the same in all processes.
+        mesh: the devices.
+        what: they are, for the error.
+
+    Raises:
+        ValueError: they are not the same.
+    """
+    place = replicated(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(arrays, place)
+    check_same({what: digest(arrays)})
+
+    def put(array: jax.Array) -> jax.Array:
+        on_each = [jax.device_put(array, device) for device in mesh.local_devices]
+        return jax.make_array_from_single_device_arrays(array.shape, place, on_each)
+
+    return jax.tree.map(put, arrays)
 
 
 class Agreement:

@@ -16,7 +16,7 @@ from tat_jax.batch import Batch
 from tat_jax.buckets import Place, place
 from tat_jax.build import Built, build
 from tat_jax.checkpoints import Restored, RunCheckpoints, read_provenance
-from tat_jax.data.pipeline import Pipeline, open_pipeline
+from tat_jax.data.pipeline import Pipeline, check_same, open_pipeline
 from tat_jax.data.source import class_names, some
 from tat_jax.distill import Recipe, TrainState
 from tat_jax.evaluate import Evaluation, Stopped, evaluate
@@ -68,6 +68,7 @@ def run(
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.batch_size, mesh)
     data = open_pipeline(config, "train"), open_pipeline(config, "val")
+    check_same(config, *data)
     built = build(
         config,
         mesh,

@@ -8,7 +8,7 @@ import pytest
 
 from proofs.bench import convolutions, growth, loss, sidebyside
 from proofs.bench import input as bench_input
-from proofs.bench.growth import Machine, estimate, plot
+from proofs.bench.growth import plot
 from proofs.bench.sidebyside import Row, compare_times
 from proofs.bench.step import roofline
 from proofs.photographs import photographs
@@ -25,7 +25,7 @@ def test_the_loss_is_compared_at_once_and_beside_pytorch_and_written_as_json(tmp
     assert rows[2]["name"] in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("option", ["--json=none/rows.json", "--json=.", "--plot=none/a.png", "--input=none"])
+@pytest.mark.parametrize("option", ["--json=none/rows.json", "--json=.", "--plot=none/a.png"])
 def test_a_file_that_cannot_be_is_refused_before_anything_is_measured(option, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["proofs.bench.growth", option])
     with pytest.raises(SystemExit):
@@ -78,23 +78,16 @@ def test_the_input_is_compared_in_processes_of_their_own(tmp_path, monkeypatch):
     assert row.ratio == pytest.approx(row.ours / row.rival)
 
 
-def test_an_estimate_is_the_tighter_limit_and_the_time_of_the_gradients():
-    machine = Machine("two", chips=2, flops=10e9, memory=1e9, network=1e6, price=3.0, batch=4)
-    step = {"GFLOP an image": 1.0, "MB moved an image": 100.0}
-    row = estimate(machine, step, sent=0.2e6, per_core=2.5)
-    # 0.1 s an image by operations, 0.05 s by memory; half of that is reached: 0.8 s for 4, 0.2 s to send.
-    assert (row["images/s"], row["binds"], row["cores for input"]) == ("8", "operations", "3")
-    assert row["gradients' share of a step"] == "20.0%"
-    hours = 1_281_167 * 100 / 8 / 3600
-    assert row["hours for 100 epochs"] == f"{hours:.1f}"
-    assert row["US$ (at US$ a chip-hour)"] == f"{hours * 2 * 3:,.0f} (3)"
-
-
 def test_growth_is_drawn(tmp_path):
-    batches = [{"batch": 4, "MiB": 1.0}, {"batch": 8, "MiB": 2.0}]
-    positions = [{"positions": 49, "MiB": 1.0, "ms": 1.0}, {"positions": 64, "MiB": 2.0, "ms": 2.0}]
-    devices = [{"devices": n, "images on each": i, "MiB": 1.0} for n in (1, 2) for i in (2, 8)]
-    plot(batches, positions, devices, tmp_path / "growth.png")
+    figures = {
+        "batches": [{"batch": 4, "MiB": 1.0}, {"batch": 8, "MiB": 2.0}],
+        "crops": [{"pixels": 64, "MiB": 1.0}, {"pixels": 128, "MiB": 2.0}],
+        "positions": [{"positions": 49, "MiB": 1.0, "ms": 1.0}, {"positions": 64, "MiB": 2.0, "ms": 2.0}],
+    }
+    of_devices = {"MiB sent": 1.0, "GFLOP": 1.0, "temporaries, MiB": 1.0}
+    for kind in ("weak", "strong"):
+        figures[kind] = [{"devices": n, "images on each": 2, **of_devices} for n in (1, 2)]
+    plot(figures, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 

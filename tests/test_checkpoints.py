@@ -112,6 +112,22 @@ def test_a_measure_that_is_no_number_damages_no_checkpoint(tmp_path):
     assert restore(tmp_path, other(state)).set_aside == []
 
 
+@pytest.mark.parametrize("call", ["save", "check_for_errors", "close"])
+def test_a_process_that_is_lost_during_a_save_is_no_failure_of_the_disk(tmp_path, monkeypatch, call):
+    def lose(*_, **__):
+        lost = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+        raise ValueError("an error of a thread of Orbax") from lost
+
+    def save_and_check():
+        with RunCheckpoints(tmp_path) as checkpoints:
+            checkpoints.save(state_of(Tiny(4, rngs=nnx.Rngs(0))), arguments={}, position={})
+            checkpoints.check()
+
+    monkeypatch.setattr(ocp.CheckpointManager, call, lose)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="closed by peer"):
+        save_and_check()
+
+
 @pytest.mark.parametrize("student", [lambda rngs: Tiny(4, rngs=rngs), lambda rngs: Dropping(rngs=rngs)])
 def test_what_is_saved_comes_back_to_the_bit_random_streams_included(tmp_path, student):
     state = state_of(student(nnx.Rngs(0)))

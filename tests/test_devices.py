@@ -1,6 +1,8 @@
 """Neither the number of devices nor that of processes changes what is computed."""
 
+import json
 import re
+import sys
 
 import jax
 import pytest
@@ -8,7 +10,7 @@ from flax import nnx
 
 from proofs.compiled_step import blank_rows, compile_step
 from proofs.fidelity import collectives, counts, ddp, devices
-from proofs.program import Layout
+from proofs.program import Layout, run_everywhere
 from tat_jax import sharding
 from tat_jax.build import build
 from tat_jax.configs import r18_r34
@@ -70,6 +72,23 @@ def test_evaluation_counts_every_image_once_whatever_the_devices():
 @pytest.mark.parametrize(("devices", "batch_size", "size"), [(1, 7, 7), (3, 256, 258), (8, 8, 8), (8, 1, 8)])
 def test_a_batch_for_evaluation_grows_to_a_multiple_of_the_devices(devices, batch_size, size):
     assert sharding.round_up(batch_size, sharding.make_mesh(jax.devices()[:devices])) == size
+
+
+def test_processes_that_have_not_the_same_config_images_or_weights_are_told_and_gather_no_weights():
+    said = run_everywhere(Layout(2, 2), [sys.executable, "-m", "tests.differing"])
+    answers = [json.loads(text.splitlines()[-1]) for text in said]
+    assert answers[0] == answers[1]
+    refused = answers[0]["refused"]
+    assert refused.pop("nothing") == refused.pop("how each reads") == ""
+    way_out = (
+        "of process 1 of 2 is another than of process 0: start all by the same command, on the same files"
+    )
+    assert refused == {
+        "the config": f"the config {way_out}",
+        "the images": f"what was found of images {way_out}",
+        "the weights": f"the weights {way_out}",
+    }
+    assert answers[0]["whole"]
 
 
 @pytest.mark.parametrize("name", ["JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"])

@@ -48,3 +48,15 @@ def test_a_path_is_what_a_shell_makes_of_it(typed, meant):
 def test_what_leads_nowhere_is_told(typed, answer):
     with pytest.raises(ValueError, match=answer):
         paths.local(typed)
+
+
+def test_two_machines_that_share_a_disk_write_a_file_apart_even_from_processes_of_one_number(tmp_path):
+    file = tmp_path / "list"
+    with (
+        paths.replacing(file) as mine,
+        paths.replacing(file) as theirs,
+    ):  # of one number
+        mine.write_text("mine, and longer")
+        theirs.write_text("theirs")
+    assert file.read_text() == "mine, and longer"
+    assert list(tmp_path.iterdir()) == [file]

@@ -1,4 +1,4 @@
-"""Bring about every fault, and print what survives: `make torture`, two hours on two cores.
+"""Bring about every fault, and print what survives: `make torture`, two and a half hours on two cores.
 
 Parts that are named run alone. Each writes its table into docs/torture.md.
 """
@@ -11,7 +11,18 @@ import jax
 from proofs.command import Part, make_parser, run_parts
 from proofs.photographs import add_photos
 from proofs.program import ROOT
-from proofs.torture import buckets, disk, elastic, endurance, kill, preemption, processes, strangers
+from proofs.torture import (
+    buckets,
+    disk,
+    elastic,
+    endurance,
+    hosts,
+    kill,
+    pod,
+    preemption,
+    processes,
+    strangers,
+)
 
 DOCUMENT = ROOT / "docs" / "torture.md"
 PARTS: Mapping[str, Part] = {
@@ -19,6 +30,9 @@ PARTS: Mapping[str, Part] = {
     "preemption": lambda _: preemption.faults(),
     "elastic": lambda _: elastic.faults(),
     "processes": lambda _: processes.faults(),
+    "hosts": lambda _: hosts.hosts(),
+    "pod": lambda _: pod.signal_faults(),
+    "intervals": lambda _: pod.interval_faults(),
     "disk": lambda _: disk.faults(),
     "buckets": lambda _: buckets.faults(),
     "strangers": lambda chosen: strangers.faults(

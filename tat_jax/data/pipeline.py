@@ -1,5 +1,7 @@
 """Batches of a source: the same ones whatever the number of threads and of processes, from any step."""
 
+import hashlib
+import json
 import os
 from collections.abc import Generator, Iterator
 from itertools import islice
@@ -9,10 +11,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from tat_jax import sharding
 from tat_jax.batch import Batch
 from tat_jax.data.rows import MEMORY, Rows, random
 from tat_jax.data.shared import Layout
-from tat_jax.data.source import Label, Source, spread
+from tat_jax.data.source import Label, Source, class_names, spread
 from tat_jax.data.sources import open_source
 from tat_jax.data.transforms import DecodeError
 from tat_jax.data.workers import AHEAD, HELD, INTERPRETER, Workers
@@ -245,6 +248,26 @@ def open_pipeline(config: ConfigDict, split: str, *, batch_size: int | None = No
         process_count=jax.process_count(),
         threads=config.data.threads,
         processes=_processes(config.data.processes, len(source)),
+    )
+
+
+def check_same(config: ConfigDict, *pipelines: Pipeline) -> None:
+    """Raise a ValueError unless all processes have one config and found as many images of the same classes.
+
+    Else their epochs would be of other lengths, and all wait forever; or each would train something else.
+    Paths, and how a machine reads, may be its own.
+    """
+    shared = config.to_dict()
+    own = {"data": ("root", "threads", "processes"), "student": ("weights",), "teacher": ("weights",)}
+    for part, names in own.items():
+        shared[part] = {name: value for name, value in shared[part].items() if name not in names}
+    found = [(len(of.source), of.source.num_classes, class_names(of.source)) for of in pipelines]
+    things = {"the config": shared, "what was found of images": found}
+    sharding.check_same(
+        {
+            what: hashlib.sha256(json.dumps(thing, sort_keys=True, default=str).encode()).hexdigest()
+            for what, thing in things.items()
+        }
     )
 
 

@@ -221,7 +221,7 @@ def digest(arrays: Any) -> str:
     """Return the SHA-256 of a tree of arrays: of their paths, types, shapes and numbers."""
     sha = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
-        array = np.ascontiguousarray(jax.device_get(leaf))
+        array = np.ascontiguousarray(jax.device_get(_numbers(leaf)))
         sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape} ".encode())
         sha.update(array.reshape(-1).view(np.uint8))
     return sha.hexdigest()
