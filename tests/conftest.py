@@ -7,7 +7,7 @@ import signal
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_PLATFORMS"] = os.environ.get("TAT_JAX_TEST_PLATFORMS", "cpu")  # `make gpu` says others
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # as it is in the workers, which so compile a program once
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tat_jax_tests_")

@@ -6,6 +6,7 @@ is shown of gs:// is that the client's requests in Google's dialect do what they
 
 import hashlib
 import json
+import logging
 import re
 import threading
 import time
@@ -53,6 +54,7 @@ class Emulator:
         self.faults = Faults()
         self._etags: dict[str, str] = {}
         self._amazon = DomainDispatcherApplication(create_backend_app)
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # or it tells every request
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{self._server.server_port}"

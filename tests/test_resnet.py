@@ -102,43 +102,47 @@ def test_batch_normalisation_trains_as_pytorchs_running_variance_included(x64):
     assert relative_error(ours(jnp.asarray(x)), expected) < 1e-12
 
 
-@pytest.fixture(params=["cuda", "tpu"])
-def elsewhere(request, monkeypatch):
-    """Return a function after which is traced what another platform computes."""
+@pytest.fixture
+def trace_for(monkeypatch):
+    """Return a function after which is traced what a platform computes."""
 
-    def choose(*arguments, default, **of_platforms):
-        return of_platforms.get(request.param, default)(*arguments)
+    def trace_for(platform):
+        def choose(*arguments, default, **of_platforms):
+            return of_platforms.get(platform, default)(*arguments)
 
-    return lambda: monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+        monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+
+    return trace_for
 
 
-def test_on_accelerators_the_same_gradient_takes_a_reduction_less(x64, elsewhere):
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_on_accelerators_the_same_gradient_takes_a_reduction_less(x64, trace_for, platform):
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(6, 5, 7, 4)))
     x, where = jnp.asarray(np.random.default_rng(0).normal(2, 3, weights.shape)), jnp.arange(6) != 4
 
     def loss(x):
         return (weights * BatchNorm(4, group=3, dtype=jnp.float64)(x, train=True, where=where)).sum()
 
+    trace_for("cpu")
     here = jax.jit(jax.grad(loss)).lower(x).compile()
-    elsewhere()
+    trace_for(platform)
     there = jax.jit(jax.grad(lambda x: loss(x))).lower(x).compile()
     np.testing.assert_allclose(there(x), here(x), rtol=1e-11, atol=1e-13)
     assert here.cost_analysis()["flops"] - there.cost_analysis()["flops"] >= x.size
 
 
-@pytest.mark.parametrize("elsewhere", ["tpu"], indirect=True)
-def test_on_tpus_a_variance_about_the_running_mean_rounds_as_one_about_the_mean(elsewhere):
+def test_on_tpus_a_variance_about_the_running_mean_rounds_as_one_about_the_mean(trace_for):
     x = np.random.default_rng(0).normal(1000, 1, (8, 5, 7, 4)).astype(np.float32)
     exact = x.astype(np.float64)
     expected = (exact - exact.mean((0, 1, 2))) / np.sqrt(exact.var((0, 1, 2)) + BatchNorm.epsilon)
-    elsewhere()
+    trace_for("tpu")
     norm = BatchNorm(4)
     norm.mean[...] = jnp.full(4, 998.0)
     np.testing.assert_allclose(norm(jnp.asarray(x), train=True), expected, atol=5e-4)
 
 
-@pytest.mark.parametrize("elsewhere", ["tpu"], indirect=True)
-def test_on_tpus_devices_send_the_statistics_of_a_group_at_once(elsewhere):
+@pytest.mark.skipif(jax.device_count() < 2, reason="a device sends nothing to itself")
+def test_on_tpus_devices_send_the_statistics_of_a_group_at_once(trace_for):
     mesh = sharding.make_mesh()
     rows = jax.ShapeDtypeStruct((16, 3, 3, 4), np.float32, sharding=sharding.batched(mesh))
 
@@ -146,8 +150,9 @@ def test_on_tpus_devices_send_the_statistics_of_a_group_at_once(elsewhere):
         step = jax.jit(lambda x: BatchNorm(4)(x, train=True), out_shardings=sharding.batched(mesh))
         return describe(step.lower(rows).compile()).collectives["all-reduce"]
 
+    trace_for("cpu")
     assert sent() == (2, 2 * 4 * 4)
-    elsewhere()
+    trace_for("tpu")
     assert sent() == (1, 2 * 4 * 4)
 
 

@@ -220,6 +220,8 @@ def in_blocks(request, monkeypatch):
     """Take maps of 3×4 positions in blocks of so many queries; of 5 and 11, the last block is short."""
     for module in (tat, tat_blocks):
         monkeypatch.setattr(module, "SCORES", 12 * request.param)
+    monkeypatch.setattr(tat_blocks, "LARGEST", 12 * request.param)
+    monkeypatch.setattr(tat_fused, "fits", lambda *maps, heads: False)
 
 
 @pytest.mark.parametrize("heads", [1, 4])
@@ -281,6 +283,7 @@ def memory(positions, channels):
     return step.lower(shape, shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere blocks are larger")
 def test_memory_of_segmentation_sized_maps_grows_linearly_with_positions():
     # Eight times the positions would be 64 times the scores, 3 GiB with their gradient.
     assert memory(16_641, 256) <= 160 * 2**20
@@ -396,5 +399,21 @@ def test_the_fused_form_is_the_same_loss_with_the_same_gradients(heads):
         np.testing.assert_allclose(ours, theirs, atol=1e-8, rtol=1e-4)
 
 
-def test_without_a_gpu_nothing_is_fused():
-    assert not tat_fused.fits(*maps(1, 2, 2, 8, dtype=jnp.bfloat16), heads=1)
+@pytest.mark.parametrize(
+    ("capability", "channels", "heads", "dtype", "fits"),
+    [
+        (0.0, 128, 1, jnp.bfloat16, False),  # no GPU of NVIDIA's
+        (7.5, 128, 1, jnp.float16, False),
+        (8.0, 128, 1, jnp.bfloat16, True),
+        (8.0, 256, 1, jnp.bfloat16, False),
+        (8.0, 256, 2, jnp.float16, True),
+        (9.0, 256, 1, jnp.bfloat16, True),
+        (9.0, 12, 1, jnp.bfloat16, False),
+        (9.0, 256, 1, np.float32, False),
+    ],
+)
+def test_what_is_fused_depends_on_the_gpu_the_type_and_the_depth(
+    capability, channels, heads, dtype, fits, monkeypatch
+):
+    monkeypatch.setattr(tat_fused, "_capability", lambda: capability)
+    assert tat_fused.fits(*maps(1, 2, 2, channels, dtype=dtype), heads=heads) == fits

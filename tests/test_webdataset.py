@@ -108,6 +108,12 @@ def test_times_to_the_second_and_to_the_nanosecond_are_taken(shards):
     assert len(WebDataset(shards({"train/00000.tar": file.getvalue()}), "train")) == 5
 
 
+def test_what_is_no_file_is_never_opened(shards):
+    root = shards()
+    os.mkfifo(root / "train" / "00002.tar")
+    assert len(WebDataset(root, "train")) == 5
+
+
 def test_what_is_neither_image_nor_class_index_is_passed_over_and_told(shards):
     more = {
         "0000.json": b"{}",
@@ -349,6 +355,13 @@ def test_shards_in_a_bucket_are_those_of_a_disk(shards, stored):
         theirs, ours = WebDataset(root, split), WebDataset(str(stored), split)
         assert examples(ours) == examples(theirs)
         assert ours[0].name == theirs[0].name.replace(str(root), str(stored))
+
+
+def test_the_mark_of_a_folder_in_a_bucket_is_no_shard(stored, emulator):
+    of_folder = WebDataset(stored, "train")
+    emulator.write("runs/a/train/", b"")
+    assert examples(WebDataset(stored, "train")) == examples(of_folder)
+    assert WebDataset(stored, "train").notes == of_folder.notes
 
 
 def test_the_list_of_a_bucket_is_kept_for_as_long_as_no_shard_is_written(stored, emulator):

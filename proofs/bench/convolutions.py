@@ -53,6 +53,7 @@ KINDS = (
 
 def measure() -> list[Row]:
     """Compare every kind; of the first the images need no gradient."""
+    jax.config.update("jax_platforms", "cpu")
     return [row for kind in KINDS for row in measure_one(kind, images=kind.channels > 3)]
 
 

@@ -70,6 +70,7 @@ def main() -> None:
     add_json(parser)
     parser.add_argument("--plot", type=to_write, metavar="FILE", help="draw them into this file")
     options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(scaling.DEVICES))
     figures: dict[str, Sequence[Any]] = {
         "processes": scaling.processes(),

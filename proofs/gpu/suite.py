@@ -16,7 +16,7 @@ FILES = ("losses", "losses_of_ones_own", "fitnet", "tat", "resnet", "optim")
 # Other versions than ours warn of other things; pytest-benchmark, where it is, of several workers.
 _HERE = ("-W", "default", "-p", "no:benchmark", "-p", "no:cacheprovider")
 # PyTorch's float32 on a CPU is what they compare with, not TF32.
-_ENVIRONMENT = {"JAX_PLATFORMS": "cuda,cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+_ENVIRONMENT = {"TAT_JAX_TEST_PLATFORMS": "cuda,cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 
 
 class Tested(NamedTuple):

@@ -63,7 +63,8 @@ class BucketFolder:
     def files(self, split: str) -> dict[str, Entry]:
         """Return the files in a split by name, not those in its folders."""
         below = {name[len(split) + 1 :]: entry for name, entry in self.root.objects(split).items()}
-        return {name: entry for name, entry in below.items() if "/" not in name}
+        # An object of the split's own name is the mark of a folder, which consoles of stores make.
+        return {name: entry for name, entry in below.items() if name and "/" not in name}
 
     def have_settled(self, files: Mapping[str, Entry]) -> bool:
         """Return True: each version of an object is called otherwise."""

@@ -1,6 +1,7 @@
 """A folder on a disk that holds the images of the splits in folders of their classes."""
 
 import os
+import stat
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
@@ -159,9 +160,10 @@ class DiskFolder:
         self.check_is_there(split)
         try:
             with os.scandir(self.root / split) as entries:
-                return {entry.name: _entry(entry.stat()) for entry in entries if not entry.is_dir()}
+                files = {entry.name: entry.stat() for entry in entries if not entry.is_dir()}
         except OSError as error:
             raise type(error)(f"{error.filename} cannot be read ({error.strerror})") from error
+        return {name: _entry(found) for name, found in files.items() if stat.S_ISREG(found.st_mode)}
 
     def have_settled(self, files: Mapping[str, Entry]) -> bool:
         """Return whether no file changed just before, so that another change would show."""

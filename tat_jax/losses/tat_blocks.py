@@ -15,8 +15,9 @@ from tat_jax.networks.layers import at_least_float32
 
 # Scores of an image that the loss holds at once, 8 MiB in float32; larger maps it takes in blocks of queries.
 SCORES = 2**21
-# Those of a block on GPUs and TPUs, which with fewer wait for memory: docs/gpu.md, docs/pods.md.
-_ON_ACCELERATORS = 2**23
+# Those of a block on GPUs and TPUs, which with fewer wait for memory (docs/gpu.md,
+# docs/pods.md): of an image at most, and of a batch, where that is more than `SCORES` an image.
+LARGEST, _OF_BATCH = 2**23, 2**26
 
 Heads = Float[Array, "batch heads positions depth"]
 
@@ -32,7 +33,8 @@ def errors_in_blocks(query: Heads, key: Heads, value: Heads, target: Heads) -> F
     Each query's error is a term of its own in the sum, so its gradient is complete as soon as its scores are
     there: the pass over the blocks that sums the errors sums the gradients, too, and computes no score twice.
     """
-    here, elsewhere = (functools.partial(_errors, scores) for scores in (SCORES, _ON_ACCELERATORS))
+    larger = max(SCORES, min(LARGEST, _OF_BATCH // len(query)))
+    here, elsewhere = (functools.partial(_errors, scores) for scores in (SCORES, larger))
     return jax.lax.platform_dependent(query, key, value, target, cpu=here, default=elsewhere)
 
 

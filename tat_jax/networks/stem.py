@@ -25,6 +25,8 @@ class StemConv(nnx.Conv):
             3,
             features,
             (7, 7),
+            strides=2,
+            padding=((3, 3), (3, 3)),
             use_bias=False,
             dtype=dtype,
             param_dtype=at_least_float32(dtype),
