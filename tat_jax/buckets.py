@@ -86,7 +86,7 @@ class Bucket:
         """Return all objects in the folder, or in one of it, by name; empty where there is none."""
         with self._telling():
             return {
-                found["path"]: Entry(found["size"], found["e_tag"] or str(found["last_modified"]))
+                found["path"]: _entry(found)
                 for found in self._obs.list(self._store, prefix=below or None).collect()
             }
 
@@ -115,13 +115,13 @@ class Bucket:
 
         Raises:
             FileNotFoundError: it is gone.
-            OSError: it is not as long any more as it was listed.
+            OSError: it is another one than was listed.
         """
         if not size:
             return b""
         with self._telling(name):
             found = self._obs.get(self._store, name, options={"range": (start, start + size)})
-            if found.meta["size"] == entry.size:
+            if _entry(found.meta) == entry:
                 return bytes(found.bytes())
         raise OSError(f"{self.url}/{name} has changed since it was listed")
 
@@ -265,6 +265,10 @@ def _obstore(url: str) -> Any:
     except ModuleNotFoundError:
         raise ModuleNotFoundError(f"{url} needs obstore: pip install obstore") from None
     return obstore
+
+
+def _entry(said: Mapping[str, Any]) -> Entry:
+    return Entry(said["size"], said["e_tag"] or str(said["last_modified"]))
 
 
 def _stamp(said: Mapping[str, Any]) -> Stamp:

@@ -108,6 +108,13 @@ def test_times_to_the_second_and_to_the_nanosecond_are_taken(shards):
     assert len(WebDataset(shards({"train/00000.tar": file.getvalue()}), "train")) == 5
 
 
+def test_classes_that_nothing_says_are_asked_for(shards):
+    unlabelled = pack({"0.jpg": IMAGES[0]})
+    root = shards({"train/00000.tar": unlabelled, "train/00001.tar": unlabelled})
+    with pytest.raises(ValueError, match=r"^no image of .*/train has a class index beside it, in \.cls$"):
+        WebDataset(root, "val")
+
+
 def test_what_is_no_file_is_never_opened(shards):
     root = shards()
     os.mkfifo(root / "train" / "00002.tar")
@@ -376,7 +383,7 @@ def test_the_list_of_a_bucket_is_kept_for_as_long_as_no_shard_is_written(stored,
 
 def test_a_shard_of_a_bucket_that_is_gone_or_another_is_named(stored, emulator):
     source = WebDataset(str(stored), "train")
-    emulator.write("runs/a/train/00000.tar", WHOLE + bytes(10240))
+    emulator.write("runs/a/train/00000.tar", pack(samples(3, 1, 2)))  # as long as it was
     with pytest.raises(OSError, match=f"^{stored}/train/00000.tar has changed since it was listed$"):
         source[0]
     emulator.delete("runs/a/train/00000.tar")

@@ -44,6 +44,10 @@ class WebDataset:
         else:
             trained = self._shards if split == "train" else list_shards(self._folder, "train")
             self.num_classes = int(trained.label.max()) + 1
+            if not self.num_classes:
+                raise ValueError(
+                    f"no image of {self._folder.root}/train has a class index beside it, in .cls"
+                )
         self._check_labels()
         self.notes = self._shards.passed.lines(split) + self._notes_of_classes(split)
 
