@@ -4,6 +4,7 @@
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -34,17 +35,14 @@ def errors_in_blocks(query: Heads, key: Heads, value: Heads, target: Heads) -> F
     there: the pass over the blocks that sums the errors sums the gradients, too, and computes no score twice.
     """
     larger = max(SCORES, min(LARGEST, _OF_BATCH // len(query)))
-    here, elsewhere = (functools.partial(_errors, scores) for scores in (SCORES, larger))
+    here, elsewhere = (
+        functools.partial(errors_in_one_pass, functools.partial(_scan_blocks, scores))
+        for scores in (SCORES, larger)
+    )
     return jax.lax.platform_dependent(query, key, value, target, cpu=here, default=elsewhere)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _errors(scores: int, query: Heads, key: Heads, value: Heads, target: Heads) -> Float[Array, " batch"]:
-    """Return them by blocks of so many scores an image."""
-    return _scan_blocks(scores, query, key, value, target, _Wanted(False, False, False, False))[0]
-
-
-class _Wanted(NamedTuple):
+class Wanted(NamedTuple):
     """The maps by which a gradient is taken."""
 
     query: bool
@@ -53,24 +51,42 @@ class _Wanted(NamedTuple):
     target: bool
 
 
-def _forward(scores: int, *maps: Any) -> tuple[Array, tuple[Array | None, ...]]:
+Found = tuple[Float[Array, " batch"], tuple[Heads | None, ...]]
+Pass = Callable[[Heads, Heads, Heads, Heads, Wanted], Found]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def errors_in_one_pass(
+    one_pass: Pass, query: Heads, key: Heads, value: Heads, target: Heads
+) -> Float[Array, " batch"]:
+    """Return the sum of squared errors of each image by a pass that finds the gradients wanted, too.
+
+    Args:
+        one_pass: returns of query, key, value and target the errors and the errors' gradient by each map.
+        query: of the positions that ask.
+        key: of those that answer.
+        value: of those that answer.
+        target: of the positions that ask.
+    """
+    return one_pass(query, key, value, target, Wanted(False, False, False, False))[0]
+
+
+def _forward(one_pass: Pass, *maps: Any) -> Found:
     query, key, value, target = (x.value for x in maps)
-    return _scan_blocks(scores, query, key, value, target, _Wanted(*(x.perturbed for x in maps)))
+    return one_pass(query, key, value, target, Wanted(*(x.perturbed for x in maps)))
 
 
-def _backward(_: int, gradients: tuple[Array | None, ...], by_errors: Any) -> tuple[Array | None, ...]:
+def _backward(_: Pass, gradients: tuple[Array | None, ...], by_errors: Any) -> tuple[Array | None, ...]:
     if isinstance(by_errors, jax.custom_derivatives.SymbolicZero):
         return (None,) * len(gradients)
     factor = rearrange(by_errors, "b -> b 1 1 1")
     return tuple(None if g is None else (factor * g).astype(g.dtype) for g in gradients)
 
 
-_errors.defvjp(_forward, _backward, symbolic_zeros=True)
+errors_in_one_pass.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _scan_blocks(
-    scores: int, query: Heads, key: Heads, value: Heads, target: Heads, wanted: _Wanted
-) -> tuple[Float[Array, " batch"], tuple[Heads | None, ...]]:
+def _scan_blocks(scores: int, query: Heads, key: Heads, value: Heads, target: Heads, wanted: Wanted) -> Found:
     """Return the sum of squared errors of each image, and its gradient by each map that is wanted.
 
     With w = softmax(q kᵀ), o = w v and e = o − t: ∂/∂t = −2e, ∂/∂v = wᵀ 2e, and with the scores' gradient
