@@ -1,4 +1,4 @@
-"""Photographs whose decoding and resizing take no core, for how many a pipeline can hand over.
+"""What `bench.input` reads: photographs, and ones whose decoding and resizing take no core.
 
 Without JAX and PyTorch, for the processes that read import this.
 """
@@ -16,6 +16,22 @@ from tat_jax.data.transforms import random_resized_crop_box
 SIZE = 224
 SECONDS = 0.001  # that decoding and resizing an image take
 HEIGHT, WIDTH = 375, 500  # as most of ImageNet's have
+
+
+class Photographs:
+    """Files as a source of the pipeline; labels are of no matter here."""
+
+    num_classes = 1
+
+    def __init__(self, files: tuple[str, ...]):
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Example:
+        path = self._files[index]
+        return Example(read(path), 0, path)
 
 
 class Asleep:

@@ -20,14 +20,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from proofs.bench.handover import Asleep, draw
+from proofs.bench.handover import Asleep, Photographs, draw
 from proofs.bench.sidebyside import Row, compare_times, main
 from proofs.photographs import Photograph, add_photos
 from proofs.report import announce
 from proofs.torch_transforms import RATIO, SCALE, SIZE, crop_resize_and_flip, resize_and_centre_crop
 from tat_jax.configs.base import base
 from tat_jax.data.pipeline import Pipeline
-from tat_jax.data.sources import Example
 from tat_jax.data.transforms import random_resized_crop_box
 from tat_jax.tasks.classification import Classification
 
@@ -116,26 +115,9 @@ class _Drawn(Classification):
     transform = staticmethod(draw)
 
 
-class _Photographs:
-    """Files as a source of the pipeline and as a dataset of torch; labels are of no matter here."""
-
-    num_classes = 1
-
-    def __init__(self, files: Files):
-        self._files = files
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: int) -> Example:
-        path = self._files[index]
-        with open(path, "rb") as file:
-            return Example(file.read(), 0, path)
-
-
 class _TorchPhotographs(Dataset):
     def __init__(self, files: Files, train: bool):
-        self._photographs, self._train = _Photographs(files), train
+        self._photographs, self._train = Photographs(files), train
         self._rng = np.random.default_rng(0)
 
     def __len__(self) -> int:
@@ -155,7 +137,7 @@ class _TorchPhotographs(Dataset):
 @functools.cache
 def _pipeline(files: Files, threads: int, train: bool, processes: int = 0) -> Pipeline:
     return Pipeline(
-        _Photographs(files),
+        Photographs(files),
         Classification(),
         base().data,
         batch_size=BATCH,
