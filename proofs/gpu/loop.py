@@ -1,4 +1,4 @@
-"""Training on photographs that are read, beside its bare step, and the reading alone."""
+"""Training on photographs that are read, beside its bare step."""
 
 import tempfile
 from pathlib import Path

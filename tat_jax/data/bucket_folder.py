@@ -75,7 +75,7 @@ class BucketFolder:
         return self.root.open(path, entry)
 
     def read_part(self, path: str, entry: Entry, start: int, size: int) -> bytes:
-        """Return bytes of a file that is as long as it was listed."""
+        """Return bytes of a file that is as it was listed."""
         return self.root.read_part(path, entry, start, size)
 
     def check_links(self, split: str, found: dict[str, str], trained: dict[str, str]) -> list[str]:

@@ -78,19 +78,17 @@ def reconstruction_errors(
     """Return the mean squared error of each image, as in `tat_loss`."""
     _check_maps(heads, query=query, key=key, value=value, target=target)
     _, height, width, channels = query.shape
-    if heads * (height * width) ** 2 > SCORES:
-        from tat_jax.losses import tat_mosaic  # here, because Pallas takes a while to import
+    if heads * (height * width) ** 2 <= SCORES:
+        out = target_aware_attention(query, key, value, heads=heads)
+        return reduce((out - target) ** 2, "b h w c -> b", "mean")
+    size = height * width * channels
+    if tat_fused.fits(query, key, value, heads=heads):
+        return tat_fused.errors_fused(query, key, value, target, heads=heads) / size
+    from tat_jax.losses import tat_mosaic  # here, because Pallas takes a while to import
 
-        split = [_split_heads(x, heads) for x in (query, key, value, target)]
-        if tat_fused.fits(query, key, value, heads=heads):
-            sums = tat_fused.errors_fused(query, key, value, target, heads=heads)
-        elif tat_mosaic.fits(*split):
-            sums = tat_mosaic.errors_on_chip(*split)
-        else:
-            sums = errors_in_blocks(*split)
-        return sums / (height * width * channels)
-    out = target_aware_attention(query, key, value, heads=heads)
-    return reduce((out - target) ** 2, "b h w c -> b", "mean")
+    split = [_split_heads(x, heads) for x in (query, key, value, target)]
+    errors = tat_mosaic.errors_on_chip if tat_mosaic.fits(*split) else errors_in_blocks
+    return errors(*split) / size
 
 
 def _split_heads(x: Map, heads: int) -> Float[Array, "batch heads positions depth"]:
