@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from tat_jax.captions import LINE, fit, font
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.source import Label, class_names, printable
 from tat_jax.tasks.task import Task
@@ -19,7 +20,6 @@ Rows = Sequence[Mapping[str, Any]]
 
 _IMAGES, _COLUMNS = 16, 8  # of each split, in rows of so many
 _LEAST, _MOST = 96, 224  # of the side of an image that is shown
-_LINE = 18  # height of a caption
 
 
 def plot_run(rows: Rows, path: Path, terms: Sequence[str], task: Task) -> None:
@@ -82,26 +82,21 @@ def draw_images(train: Pipeline, val: Pipeline, path: Path) -> None:
         DecodeError: one of them is no image, unless `data.skip_broken`.
         OSError: an image cannot be read, or the picture not be written.
     """
-    from matplotlib import get_data_path  # here as in `_figure`
-
-    # Basic, and Pillow's: it draws what it has no letters for as boxes, without a warning.
-    face = Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    font = ImageFont.truetype(face, 12, layout_engine=ImageFont.Layout.BASIC)
     splits = {"training crops": train, "images to validate": val}
     shown = {title: list(data.look(_IMAGES)) for title, data in splits.items()}
     size = max((len(image) for images in shown.values() for image, *_ in images), default=_LEAST)
     side = min(size * -(-_LEAST // size), _MOST)  # small ones in whole multiples
-    width, height = side + 6, side + _LINE
-    block = _LINE + height * (_IMAGES // _COLUMNS)
+    width, height = side + 6, side + LINE
+    block = LINE + height * (_IMAGES // _COLUMNS)
     canvas = Image.new("RGB", (width * _COLUMNS, block * len(shown)), "white")
     draw = ImageDraw.Draw(canvas)
     for row, (title, data) in enumerate(splits.items()):
-        draw.text((3, block * row + 2), title, "black", font)
+        draw.text((3, block * row + 2), title, "black", font())
         for i, (image, label, name) in enumerate(shown[title]):
-            x, y = 3 + i % _COLUMNS * width, block * row + _LINE + i // _COLUMNS * height
+            x, y = 3 + i % _COLUMNS * width, block * row + LINE + i // _COLUMNS * height
             canvas.paste(Image.fromarray(image).resize((side, side), Image.Resampling.BOX), (x, y))
-            caption = _fit(_caption(label, name, class_names(data.source)), font, side)
-            draw.text((x, y + side + 1), caption, "black", font)
+            caption = fit(_caption(label, name, class_names(data.source)), side)
+            draw.text((x, y + side + 1), caption, "black", font())
     canvas.save(path, compress_level=1)
 
 
@@ -112,16 +107,6 @@ def _caption(label: Label, name: str, classes: Sequence[str] | None) -> str:
     if classes and 0 <= label < len(classes):
         return printable(classes[label])
     return str(label)
-
-
-def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Return a text, or so much of its beginning as is not wider than so many pixels."""
-    if font.getlength(text) <= width:
-        return text
-    text = text[:width]  # a letter takes a pixel
-    while font.getlength(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"
 
 
 def _figure(width: float, height: float) -> "Figure":
