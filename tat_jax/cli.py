@@ -258,7 +258,7 @@ def _run(experiment: Experiment) -> None:
     if (student or teacher) and "study" in config:
         raise ValueError("--student and --teacher are for one training: those of a study are its config's")
     if _MODE.value == "eval":
-        print(evaluate.run(config, folder, _checkpoint(), student=student))
+        print(evaluate.run(config, folder, _checkpoint(), student=student).report())
     elif _MODE.value == "check":
         pod = None if _TOPOLOGY.value is None else topology.find(_TOPOLOGY.value)
         if not check.run(config, folder, student=student, teacher=teacher, pod=pod, price=_PRICE.value):
