@@ -94,7 +94,7 @@ def run(config: ConfigDict, folder: str | Place) -> str:
     table = _table(task, of_teacher, rows)
     if jax.process_index() == 0:
         (folder / "table.txt").write_text(f"{table}\n")
-        best = of_teacher and of_teacher[f"eval/{task.best}"]
+        best = None if of_teacher is None else of_teacher[f"eval/{task.best}"]
         pictures.plot_study(rows, best, folder / "curves.png", task)
     return f"\n{table}\n"
 
