@@ -71,6 +71,11 @@ def overlay(
     return mixed
 
 
+def inside(label: UInt8[np.ndarray, "rows columns"]) -> UInt8[np.ndarray, "height width"]:
+    """Return the part of a label map, at its top left, that is not outside the image."""
+    return label[label[:, 0] != OUTSIDE][:, label[0] != OUTSIDE]
+
+
 def names(
     labels: Iterable[UInt8[np.ndarray, "height width"]], classes: Sequence[str] | None
 ) -> dict[int, str]:
