@@ -50,7 +50,7 @@ _SBD_LAYOUT = (
 class Voc:
     """VOC 2012's images with their classes' masks, 1,464 to train and 1,449 to validate.
 
-    With SBD, images to train are VOC's, then those that SBD has to train and to validate; of an image in both,
+    With SBD, images to train are VOC's, then those of SBD, to train and to validate; of an image in both,
     VOC's mask is taken, and none is one of VOC's to validate: 10,582 as published.
 
     Args:
