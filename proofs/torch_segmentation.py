@@ -11,21 +11,9 @@ from torch import nn
 from torch.nn import functional
 
 from proofs.torch_deeplab import WIDTH
-from proofs.torch_step import take_step, tat_loss
+from proofs.torch_step import TorchEmbedding, take_step, tat_loss
 
 IGNORED = 255
-
-
-class TorchEmbedding(nn.Module):
-    """BN(conv1×1(x))."""
-
-    def __init__(self, features=WIDTH):
-        super().__init__()
-        self.conv = nn.Conv2d(features, features, 1, bias=False)
-        self.norm = nn.BatchNorm2d(features)
-
-    def forward(self, x):
-        return self.norm(self.conv(x))
 
 
 class TorchSegmentation(nn.Module):
@@ -34,7 +22,7 @@ class TorchSegmentation(nn.Module):
     def __init__(self, student):
         super().__init__()
         self.student = student
-        self.query, self.key, self.value = TorchEmbedding(), TorchEmbedding(), TorchEmbedding()
+        self.query, self.key, self.value = (TorchEmbedding(WIDTH, WIDTH, 1) for _ in range(3))
 
     def forward(self, images, told):
         """Return logits, and query, key and value, normalised over one image at a time."""
