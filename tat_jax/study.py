@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from tat_jax import buckets, evaluate, experiment, pictures, run_folder, train
 from tat_jax.buckets import Bucket, Place
 from tat_jax.build import all_terms, read_teacher
-from tat_jax.fields import Field, Fields, Rule, whole, wrong
+from tat_jax.fields import Field, Fields, Rule, renew, whole, wrong
 from tat_jax.metrics import read_rows
 from tat_jax.tasks import TASKS
 from tat_jax.tasks.task import Task
@@ -171,6 +171,7 @@ def _variant(config: ConfigDict, changes: ConfigDict) -> ConfigDict:
         del changed.study
         try:
             changed.update(changes.to_dict())
+            renew(experiment.FIELDS, changed)
         except AttributeError as error:  # of what is no mapping
             raise ValueError(f"of {changes.to_dict()}, a value stands where a config has fields") from error
     return changed
