@@ -20,6 +20,8 @@ from tat_jax.buckets import Place
 from tat_jax.fields import Field, Fields, defaults, find, renew
 from tat_jax.losses import kd_weights
 
+CHECK = "check.png"  # a picture by --mode check, beside which a folder counts as empty
+
 
 @contextmanager
 def only_run(folder: Path) -> Iterator[Callable[[], None]]:
