@@ -289,7 +289,7 @@ def _run(experiment: Experiment) -> None:
     if (student or teacher) and "study" in config:
         raise ValueError("--student and --teacher are for one training: those of a study are its config's")
     if _MODE.value == "eval":
-        print(evaluate.run(config, folder, _checkpoint(), student=student))
+        print(evaluate.run(config, folder, _checkpoint(), student=student).report())
     elif folders := _prediction():
         predicted = predict.run(config, folder, _checkpoint(), *folders, student=student)
         if jax.process_index() == 0:

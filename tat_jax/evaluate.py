@@ -28,16 +28,24 @@ from tat_jax.weights import folders, remote
 
 
 class Evaluation(NamedTuple):
-    """What a task measured on so many `images`; `skipped` ones could not be read."""
+    """What a task measured on so many `images`; `skipped` ones could not be read.
+
+    `confusion` is [truth, prediction] where the task counts that.
+    """
 
     task: Task
     measures: dict[str, float]
     images: int
     skipped: int
+    confusion: np.ndarray | None = None
 
     def __str__(self) -> str:
         skipped = f" ({self.skipped} unreadable skipped)" if self.skipped else ""
         return f"{self.task.describe(self.measures)}  on {self.images:,} images{skipped}"
+
+    def report(self) -> str:
+        """Return all of it in lines."""
+        return "\n".join(filter(None, (str(self), self.task.table({"": self.measures}))))
 
 
 class Stopped(Exception):
@@ -148,7 +156,8 @@ def evaluate(
         raise RuntimeError(f"evaluated {images} and skipped {skipped} of {len(pipeline.source)} images")
     if images == 0:
         raise ValueError("no image of the split could be read")
-    return Evaluation(task, task.measures(totals), images, skipped)
+    measures = task.measures(totals, class_names(pipeline.source))
+    return Evaluation(task, measures, images, skipped, totals.get("confusion"))
 
 
 def eval_step(graph: nnx.GraphDef, task: Task, state: nnx.State, batch: Batch) -> dict[str, Array]:

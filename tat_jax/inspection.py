@@ -195,9 +195,9 @@ def measure_teacher(
     graph, state = nnx.split(teacher.view)
     state = sharding.put_whole(state, mesh, what="the teacher's weights")
     evaluation = evaluate(graph, state, task, data, mesh, show=False)
-    # A teacher of few classes is right by chance often: a fifth of the way from there to always.
+    # A teacher of few classes is right by chance often: some way from there to always.
     chance = task.chance(sample.num_classes)
-    poor = evaluation.measures[task.best] < chance + (1 - chance) / 5
+    poor = evaluation.measures[task.best] < chance + (1 - chance) * task.poor
     note = (
         f"\nNOTE: a trained teacher has far more, chance is {chance:.2%}: are the classes of the data in the "
         "order of those it was trained on?"

@@ -1,16 +1,18 @@
 """Pictures of runs."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
+from jaxtyping import Integer
 from PIL import Image, ImageDraw
 
 from tat_jax import overlays, paths
 from tat_jax.captions import LINE, fit, font
 from tat_jax.data.pipeline import Pipeline
-from tat_jax.data.source import Label, Source, class_names, printable
+from tat_jax.data.source import Label, Source, class_colours, class_names, printable
 from tat_jax.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ Rows = Sequence[Mapping[str, Any]]
 _Block: TypeAlias = list[tuple[np.ndarray, str]]  # images, each with its caption
 
 _IMAGES, _COLUMNS = 16, 8  # of each split, in rows of so many
+_WRITTEN = 32  # classes or fewer of a confusion, whose cells have numbers
 _LEAST, _MOST = 96, 224  # of the side of an image that is shown
 
 
@@ -70,6 +73,39 @@ def plot_study(runs: Mapping[str, Sequence[Rows]], teacher: float | None, path: 
     _count(axes)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
+
+
+def plot_confusion(
+    confusion: Integer[np.ndarray, "classes classes"], path: Path, classes: Sequence[str] | None
+) -> None:
+    """Draw as what pixels or images of each class are predicted, in percent of that class.
+
+    Args:
+        confusion: counts [truth, prediction]; those of each class stand beside its name.
+        path: the picture, a PNG.
+        classes: their names by number; None where they have none.
+    """
+    counts = confusion.sum(1)
+    shares = 100 * confusion / np.maximum(counts, 1)[:, None]
+    names = [printable(name) for name in classes or map(str, range(len(confusion)))]
+    side = min(max(6.0, 0.36 * len(names)), 40.0)
+    figure = _figure(side + 2, side)
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, label="% of a class", fraction=0.04)
+    places, size = np.arange(len(names)), 8 if len(names) <= _WRITTEN else 5
+    axes.set_xticks(places, names, rotation=90, fontsize=size, parse_math=False)
+    rows = [f"{name} ({count:,})" for name, count in zip(names, counts, strict=True)]
+    axes.set_yticks(places, rows, fontsize=size, parse_math=False)
+    axes.set(xlabel="prediction", ylabel="truth (how many)", title="Confusion")
+    if len(names) <= _WRITTEN:
+        for truth, prediction in np.argwhere(shares >= 0.5):
+            share = shares[truth, prediction]
+            colour = "white" if share > 50 else "black"
+            axes.text(prediction, truth, f"{share:.0f}", ha="center", va="center", color=colour, fontsize=7)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a letter that the font has not becomes a box
+        figure.savefig(path, dpi=120, format="png")
 
 
 def draw_images(train: Pipeline, val: Pipeline, path: Path) -> None:
@@ -153,7 +189,7 @@ def _is_map(label: Label) -> TypeGuard[np.ndarray]:
 
 
 def _colours(source: Source) -> np.ndarray:
-    return overlays.palette(source.num_classes, getattr(source, "colours", None))
+    return overlays.palette(source.num_classes, class_colours(source))
 
 
 def _with_label(image: np.ndarray, label: Label, colours: np.ndarray) -> np.ndarray:

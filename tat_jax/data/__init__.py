@@ -16,7 +16,8 @@ def eval_resize(data: ConfigDict | Mapping[str, Any]) -> int:
     return round(data["image_size"] * 256 / 224) if said is None else said
 
 
-_ENCODED = ("source", one_of("imagefolder", "webdataset", "tfds"))  # whose images are files
+_ENCODED = ("source", one_of("imagefolder", "webdataset", "tfds", "label_folder"))  # whose images are files
+_MAPPED = ("source", one_of("label_folder", "digit_masks"))  # whose labels are maps
 
 FIELDS = {
     "source": Field("imagefolder", one_of(*SOURCES), "where the images come from"),
@@ -33,6 +34,12 @@ FIELDS = {
         or_none(one_of(FOLDERS)),
         "'folders' numbers the folders; None: so, but ImageNet's 1,000 if all are its ids",
         only_with=("source", one_of("imagefolder")),
+    ),
+    "ignore_label": Field(
+        255,
+        whole(0),
+        "the index of pixels of no class",
+        only_with=("source", one_of("label_folder")),
     ),
     "image_size": Field(224, whole(1), "height and width of what networks see"),
     "eval_resize": Field(
@@ -62,6 +69,25 @@ FIELDS = {
         may_change=True,
     ),
     "flip": Field(True, YES_OR_NO, "mirror half of the training images", may_change=True),
+    "scale_range": Field(
+        (0.5, 2.0),
+        numbers(
+            2,
+            "two numbers greater than 0, the second not less",
+            lambda low, high: 0 < low <= high,
+        ),
+        "times image_size, range of the shorter side from which a training crop is cut",
+        may_change=True,
+        only_with=_MAPPED,
+    ),
+    "pad_label": Field(
+        "background",
+        one_of("background", "ignored"),
+        "what a training crop is labelled beyond its image",
+        may_change=True,
+        only_with=_MAPPED,
+    ),
+    "blur": Field(True, YES_OR_NO, "blur half of the training crops", may_change=True, only_with=_MAPPED),
     "exif_orientation": Field(
         False, YES_OR_NO, "turn and mirror images as their EXIF says", only_with=_ENCODED
     ),

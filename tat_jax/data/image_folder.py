@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from tat_jax.buckets import Place
 from tat_jax.data.folders import Folder, open_folder
-from tat_jax.data.listing import EXTENSIONS, PassedOver
+from tat_jax.data.listing import PassedOver, check_all_were_read
 from tat_jax.data.source import Example, Source, printable, some
 
 FOLDERS = "folders"  # what `data.classes` says where ImageNet's ids are names like others
@@ -60,7 +60,7 @@ class ImageFolder:
         self._labels = np.repeat(np.array([numbers[name] for name in found], np.int32), counts)
         empty = [str(here / name) for name, count in zip(found.values(), counts, strict=True) if not count]
         self.notes = passed.lines(split)
-        _check_all_were_read(folder.root, passed, empty, self.notes)
+        check_all_were_read(folder.root, passed, empty, self.notes)
         self.notes += folder.check_links(split, found, trained)
         self.notes += _notes_of_classes(folder, split, found, trained, has_ids)
 
@@ -116,18 +116,6 @@ def _check_names(root: Place, split: str, found: Iterable[str], trained: Iterabl
 def _like(name: str) -> str:
     """Return what names have in common that differ in capitals, blanks and the like alone."""
     return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", name).casefold()))
-
-
-def _check_all_were_read(root: Place, passed: PassedOver, empty: list[str], lines: list[str]) -> None:
-    """Raise if folders could not be read, or have no images."""
-    if passed.unreadable:
-        raise OSError(
-            f"folders of images cannot be read: {some(passed.unreadable)}; let this user read them, or move "
-            f"them out of {root}"
-        )
-    if empty:
-        what = "".join(f"; {line}" for line in lines)
-        raise FileNotFoundError(f"no images in {some(empty)} ({' '.join(EXTENSIONS)}){what}")
 
 
 def _notes_of_classes(

@@ -152,6 +152,29 @@ def list_images(folder: str, passed: PassedOver) -> tuple[list[str], dict[str, t
     return [os.path.join(here, name) for here, images in sorted(found) for name in sorted(images)], states
 
 
+def check_all_were_read(root: object, passed: PassedOver, empty: list[str], lines: list[str]) -> None:
+    """Raise if folders could not be read, or have no images.
+
+    Args:
+        root: where they lie.
+        passed: what was passed over, and what could not be read.
+        empty: folders without images.
+        lines: what more to say of those.
+
+    Raises:
+        OSError: folders cannot be read.
+        FileNotFoundError: they have no images.
+    """
+    if passed.unreadable:
+        raise OSError(
+            f"folders of images cannot be read: {some(passed.unreadable)}; let this user read them, or move "
+            f"them out of {root}"
+        )
+    if empty:
+        what = "".join(f"; {line}" for line in lines)
+        raise FileNotFoundError(f"no images in {some(empty)} ({' '.join(EXTENSIONS)}){what}")
+
+
 def _around(folder: str) -> frozenset[tuple[int, int]]:
     """Return the identities of a folder and of all that it lies in, by its name and by where links lead."""
     paths: set[str] = set()

@@ -39,7 +39,7 @@ class Preparation(Protocol):
 
     def check(self, data: ConfigDict) -> None: ...
 
-    def blank_label(self, data: ConfigDict) -> np.ndarray | None: ...
+    def blank_label(self, data: ConfigDict, source: Source, *, train: bool) -> np.ndarray | None: ...
 
 
 class Pipeline:
@@ -91,7 +91,7 @@ class Pipeline:
         self.steps_per_epoch = -(-len(source) // batch_size)
         self.skipped: dict[int, str] = {}
         self._data = data
-        self._blank_label = task.blank_label(data)
+        self._blank_label = task.blank_label(data, source, train=train)
         self._rows = Rows(source, task.transform, data, self._blank_label, train=train, seed=seed)
         self._batch_size = batch_size
         self._local_size = batch_size // process_count

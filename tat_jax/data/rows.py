@@ -79,13 +79,12 @@ class Rows:
             label: Label = self._blank_label if labels is not None else None
             where[row] = index >= 0
             if index >= 0:
-                example = self.source[index]
                 try:
-                    images[row], label = self.make(example, rng)
-                except DecodeError:
+                    images[row], label = self.make(self.source[index], rng)
+                except DecodeError as error:
                     if not self._data.skip_broken:
                         raise
-                    skipped[index] = example.name
+                    skipped[index] = error.name
                     where[row] = False
             if not where[row]:
                 images[row] = 0
@@ -117,6 +116,8 @@ class Rows:
             image = decode(image, example.name, _memory(), **self._decoding)
         try:
             image, label = self._transform(image, example.label, rng, self._data)
+            if rng is None:
+                label = _on_canvas(label, self._blank_label)
             _check_label(label, self._blank_label)
         except DecodeError:
             raise
@@ -145,6 +146,18 @@ def _memory() -> np.ndarray:
     if not hasattr(_OF_THREAD, "memory"):
         _OF_THREAD.memory = np.empty(MEMORY, np.uint8)
     return _OF_THREAD.memory
+
+
+def _on_canvas(label: Label, blank: Integer[np.ndarray, "..."] | None) -> Label:
+    """Return a map that is smaller than the blank one as the top left of that; any other label as it is."""
+    if blank is None or not isinstance(label, np.ndarray) or not label.ndim == blank.ndim == 2:
+        return label
+    height, width = label.shape
+    if label.shape == blank.shape or height > blank.shape[0] or width > blank.shape[1]:
+        return label
+    canvas = blank.copy()
+    canvas[:height, :width] = label
+    return canvas
 
 
 def _check_label(label: Label, blank: Integer[np.ndarray, "..."] | None) -> None:

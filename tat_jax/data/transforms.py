@@ -17,7 +17,7 @@ from tat_jax.data.grey import to_rgb
 # Those of torchvision's file extensions. Pillow knows more, and starts Ghostscript for one of them.
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 # 268 MB as RGB: where Pillow begins to suspect a decompression bomb.
-_MAX_PIXELS = 89_478_485
+MAX_PIXELS = 89_478_485
 # A progressive JPEG has ten. Each further one may be a few bytes, and costs a pass over all pixels.
 _SCAN, _MAX_SCANS = b"\xff\xda\0", 100
 _TIFF = (b"II*\0", b"MM\0*")  # how its files begin
@@ -45,7 +45,19 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class DecodeError(ValueError):
-    """A file is no readable image; the message names it."""
+    """A file is no readable image.
+
+    Args:
+        name: of the file.
+        why: what is wrong with it.
+    """
+
+    def __init__(self, name: str, why: str):
+        super().__init__(name, why)
+        self.name = name
+
+    def __str__(self) -> str:
+        return "{}: {}".format(*self.args)
 
 
 def decode(
@@ -72,14 +84,14 @@ def decode(
             million pixels, or are grey levels that need a `grey_range`.
     """
     if not image:
-        raise DecodeError(f"{name}: the file is empty")
+        raise DecodeError(name, "the file is empty")
     if image.count(_SCAN) > _MAX_SCANS:
-        raise DecodeError(f"{name}: more than {_MAX_SCANS} scans")
+        raise DecodeError(name, f"more than {_MAX_SCANS} scans")
     # Faster than Pillow, and the same pixels. What it refuses, warns of or does not know, as the sampling
     # 4:4:1, is Pillow's to judge.
     with contextlib.suppress(Exception):
         height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
-        if height * width <= _MAX_PIXELS and colours in ("YCbCr", "Gray"):
+        if height * width <= MAX_PIXELS and colours in ("YCbCr", "Gray"):
             fits = memory is not None and 3 * height * width <= memory.size
             rgb = simplejpeg.decode_jpeg(image, "RGB", buffer=memory if fits else None)
             if exif_orientation and _may_be_turned(image):
@@ -96,15 +108,15 @@ def decode(
                 int(tags.get(side, 0)) for side in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)
             )
             tile = math.prod(sides)
-            if pixels <= _MAX_PIXELS and tile <= _MAX_PIXELS:  # a tile may be larger than the image
+            if pixels <= MAX_PIXELS and tile <= MAX_PIXELS:  # a tile may be larger than the image
                 rgb = to_rgb(opened, grey_range)
                 return _turn_upright(rgb, opened) if exif_orientation else rgb
     except Image.UnidentifiedImageError:
         unread = _UNREAD_TIFF if image.startswith(_TIFF) else f"not an image; it begins with {image[:16]!r}"
-        raise DecodeError(f"{name}: {unread}") from None
+        raise DecodeError(name, unread) from None
     except Exception as error:
-        raise DecodeError(f"{name}: {error}") from error
-    raise DecodeError(f"{name}: {max(pixels, tile):,} pixels, more than the {_MAX_PIXELS:,} allowed")
+        raise DecodeError(name, str(error)) from error
+    raise DecodeError(name, f"{max(pixels, tile):,} pixels, more than the {MAX_PIXELS:,} allowed")
 
 
 def _may_be_turned(jpeg: bytes) -> bool:

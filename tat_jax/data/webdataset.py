@@ -3,13 +3,12 @@
 import numpy as np
 from ml_collections import ConfigDict
 
-from tat_jax import buckets
 from tat_jax.buckets import Place
-from tat_jax.data.folders import Folder, open_folder
+from tat_jax.data.class_names import CLASSES, read_lines
+from tat_jax.data.folders import open_folder
 from tat_jax.data.source import Example, Source, printable, some
 from tat_jax.data.tar_shards import UNLABELLED, list_shards
 
-CLASSES = "classes.txt"
 _LAYOUT = "shards belong in {root}/train/ and {root}/val/, as 00000.tar"
 
 
@@ -38,7 +37,7 @@ class WebDataset:
         self._folder = open_folder(root, _LAYOUT)
         self._shards = list_shards(self._folder, split)
         self._files = list(self._shards.files.items())
-        self.classes = _classes(self._folder)
+        self.classes = read_lines(self._folder.root)
         if self.classes is not None:
             self.num_classes = len(self.classes)
         else:
@@ -93,22 +92,3 @@ class WebDataset:
             return []
         names = [str(label) if self.classes is None else self.classes[label] for label in missing]
         return [f"{split} has no images of {len(missing):,} of {self.num_classes:,} classes: {some(names)}"]
-
-
-def _classes(folder: Folder) -> list[str] | None:
-    """Return the names of the classes, if a file says them.
-
-    Raises:
-        ValueError: it is no text, or a class has no name.
-    """
-    place = folder.root / CLASSES
-    try:
-        lines = buckets.read(folder.root, CLASSES).decode("utf-8-sig").rstrip().split("\n")
-    except FileNotFoundError:
-        return None
-    except UnicodeDecodeError:
-        raise ValueError(f"{place} is no text in UTF-8") from None
-    names = [line.strip() for line in lines]
-    if "" in names:
-        raise ValueError(f"line {1 + names.index('')} of {place} is empty: each one names a class, by label")
-    return names
