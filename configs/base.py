@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from tat_jax import fields, losses
 from tat_jax.experiment import FIELDS
 from tat_jax.losses import LOSSES
+from tat_jax.schedules import is_zero
 
 TAPS = ("layer1", "layer2", "layer3", "layer4")
 DECODER = "decoder"  # the tap of DeepLabV3+ that is distilled
@@ -92,6 +93,6 @@ def finish(config: ConfigDict, argument: str) -> ConfigDict:
 
 def _make_small_segmentation(config: ConfigDict) -> None:
     config.batch_size = 8
-    config.data.update({"source": "digit_masks", "labels_per_class": 3, "image_size": 65, "threads": 2})
-    # Of a tap of 17 × 17: 4 × 4 patches of 4 × 4 pixels.
-    config.losses.patch_anchor.decoder.update({"patches": (4, 4), "groups": 4, "anchors": (4, 4)})
+    config.data.update({"source": "digit_masks", "image_size": 65, "sbd_root": None, "threads": 2})
+    if not is_zero(config.losses.patch_anchor.decoder.weight):  # of a tap of 17 × 17
+        config.losses.patch_anchor.decoder.update({"patches": (4, 4), "groups": 4, "anchors": (4, 4)})
