@@ -192,7 +192,7 @@ def read_experiment() -> Experiment:
         ValueError: there is no such config, a field or its value is not allowed, or without --config there
             is something else in the folder than a training may go into or an evaluation needs.
     """
-    from tat_jax import experiment, run_folder
+    from tat_jax import experiment, fields, run_folder
 
     folder, origin = _folder(), ""
     if _CONFIG.value is not None:
@@ -205,6 +205,8 @@ def read_experiment() -> Experiment:
             _check_may_be_demo(run, besides=run_folder.CHECK)
             config = config_files.load(config_files.DEMO)
             origin = f"without --config: the demonstration, {config_files.DEMO}"
+    with config.unlocked():
+        fields.renew(experiment.FIELDS, config)
     overrides.apply(config, _OVERRIDES, experiment.FIELDS)
     config_files.expand_paths(config)
     names = [override.name for override in _OVERRIDES]

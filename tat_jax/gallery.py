@@ -40,8 +40,9 @@ class Gallery:
 
     def __init__(self, folder: Path, data: Pipeline, recipe: Recipe, teacher: nnx.State | None):
         self._folder, self._data, self._task = folder, data, recipe.task
-        has_teacher = recipe.teacher is not None and teacher is not None and recipe.teacher_has_head
-        self._teacher = (recipe.teacher, teacher) if has_teacher else None
+        self._teacher = None
+        if recipe.teacher is not None and teacher is not None and recipe.teacher_has_head:
+            self._teacher = recipe.teacher, teacher
 
     def draw(self, evaluation: Evaluation, graph: nnx.GraphDef, state: nnx.State) -> None:
         """Draw what an evaluation of a student's view found.
@@ -94,7 +95,7 @@ class Gallery:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _class_maps(
-    graph: nnx.GraphDef, task: Task, state: nnx.State, image: np.ndarray, label: np.ndarray
+    graph: nnx.GraphDef, task: Task, state: nnx.State, image: Array, label: Array
 ) -> Array | None:
     return task.class_maps(nnx.merge(graph, state)(image), label)
 

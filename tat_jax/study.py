@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from tat_jax import buckets, evaluate, experiment, pictures, run_folder, train
 from tat_jax.buckets import Bucket, Place
 from tat_jax.build import all_terms, read_teacher
-from tat_jax.fields import Field, Fields, Rule, whole, wrong
+from tat_jax.fields import Field, Fields, Rule, renew, whole, wrong
 from tat_jax.metrics import last_and_best, read_rows
 from tat_jax.tasks import TASKS
 from tat_jax.tasks.task import Task
@@ -94,7 +94,7 @@ def run(config: ConfigDict, folder: str | Place) -> str:
     table = _table(task, of_teacher, rows)
     if jax.process_index() == 0:
         (folder / "table.txt").write_text(f"{table}\n")
-        best = of_teacher and of_teacher[f"eval/{task.best}"]
+        best = None if of_teacher is None else of_teacher[f"eval/{task.best}"]
         pictures.plot_study(rows, best, folder / "curves.png", task)
     return f"\n{table}\n"
 
@@ -172,6 +172,7 @@ def _variant(config: ConfigDict, changes: ConfigDict) -> ConfigDict:
         del changed.study
         try:
             changed.update(changes.to_dict())
+            renew(experiment.FIELDS, changed)
         except AttributeError as error:  # of what is no mapping
             raise ValueError(f"of {changes.to_dict()}, a value stands where a config has fields") from error
     return changed

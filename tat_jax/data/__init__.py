@@ -17,7 +17,7 @@ def eval_resize(data: ConfigDict | Mapping[str, Any]) -> int:
 
 
 _ENCODED = ("source", one_of("imagefolder", "webdataset", "tfds", "label_folder"))  # whose images are files
-_MAPPED = ("source", one_of("label_folder", "digit_masks"))  # whose labels are maps
+_MAPPED = ("source", one_of("voc", "cocostuff", "label_folder", "digit_masks"))  # whose labels are maps
 
 FIELDS = {
     "source": Field("imagefolder", one_of(*SOURCES), "where the images come from"),
@@ -34,6 +34,13 @@ FIELDS = {
         or_none(one_of(FOLDERS)),
         "'folders' numbers the folders; None: so, but ImageNet's 1,000 if all are its ids",
         only_with=("source", one_of("imagefolder")),
+    ),
+    "sbd_root": Field(
+        str,
+        or_none(FOLDER),
+        "SBD's folder benchmark_RELEASE, whose images train beside VOC's; None: VOC's alone",
+        may_change=True,
+        only_with=("source", one_of("voc")),
     ),
     "ignore_label": Field(
         255,

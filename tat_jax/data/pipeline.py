@@ -180,7 +180,7 @@ class Pipeline:
     def names(self, epoch: int, step: int) -> list[str]:
         """Return the names of this process's images of a batch."""
         chosen = self._indices(self._order(epoch), step)
-        return [self.source[index].name for index in chosen[chosen >= 0].tolist()]
+        return [self.skipped.get(index) or self.source[index].name for index in chosen[chosen >= 0].tolist()]
 
     def look(self, count: int) -> Iterator[tuple[np.ndarray, Label, str]]:
         """Yield `count` images as the first epoch has them, with their labels and names.
@@ -192,9 +192,9 @@ class Pipeline:
         if not self._train:
             order = order[spread(len(order), count)]
         for index in order[:count].tolist():
-            example = self.source[index]
             rng = random(self._seed, 0, 1 + index) if self._train else None
             try:
+                example = self.source[index]
                 image, label = self._rows.make(example, rng)
             except DecodeError:
                 if not self._data.skip_broken:
@@ -281,7 +281,11 @@ def check_same(config: ConfigDict, *pipelines: Pipeline) -> None:
     Paths, and how a machine reads, may be its own.
     """
     shared = config.to_dict()
-    own = {"data": ("root", "threads", "processes"), "student": ("weights",), "teacher": ("weights",)}
+    own = {
+        "data": ("root", "sbd_root", "threads", "processes"),
+        "student": ("weights",),
+        "teacher": ("weights",),
+    }
     for part, names in own.items():
         shared[part] = {name: value for name, value in shared[part].items() if name not in names}
     found = [(len(of.source), of.source.num_classes, class_names(of.source)) for of in pipelines]

@@ -6,8 +6,9 @@ import numpy as np
 from cykooz_resizer import CropBox, FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
-from PIL import Image, ImageFilter
+from PIL import Image
 
+from tat_jax.data.blur import gaussian_blur
 from tat_jax.data.label_maps import IGNORED, nearest
 from tat_jax.data.source import Label
 
@@ -58,7 +59,7 @@ def segment(
     blur, radius = rng.random() < 0.5, rng.random()
     pixels = crop_of_resized(image, shape, box, size, flip)
     if blur and data.blur:
-        pixels = np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius)))
+        pixels = gaussian_blur(pixels, radius)
     return pixels, crop_of_nearest(label, shape, box, size, flip, _FILL[data.pad_label])
 
 

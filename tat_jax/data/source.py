@@ -24,9 +24,9 @@ class Example(NamedTuple):
 class Source(Protocol):
     """The images of one split, read by index from any thread.
 
-    It may have `classes`, the names of its classes by their labels, `colours` of them [classes, 3], and
-    `notes`, lines that whoever trains on it should have read; see `class_names`, `class_colours` and `notes`. One
-    of label maps has `largest`, see `largest_image`.
+    It may have `classes` and `colours`, those of its classes by their labels, and `notes`, lines that whoever
+    trains on it should have read; see `class_names`, `class_colours` and `notes`. One of label maps has
+    `largest`, see `largest_image`.
     """
 
     num_classes: int

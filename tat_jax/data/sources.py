@@ -3,11 +3,13 @@
 import numpy as np
 from ml_collections import ConfigDict
 
+from tat_jax.data.coco_stuff import CocoStuff
 from tat_jax.data.digit_masks import DigitMasks
 from tat_jax.data.image_folder import ImageFolder
 from tat_jax.data.label_folder import LabelFolder
 from tat_jax.data.source import SPLITS, Example, NamedSource, Source
 from tat_jax.data.tfds import Tfds
+from tat_jax.data.voc import Voc
 from tat_jax.data.webdataset import WebDataset
 
 
@@ -60,6 +62,8 @@ SOURCES: dict[str, type[NamedSource]] = {
     "webdataset": WebDataset,
     "tfds": Tfds,
     "digits": Digits,
+    "voc": Voc,
+    "cocostuff": CocoStuff,
     "label_folder": LabelFolder,
     "digit_masks": DigitMasks,
 }

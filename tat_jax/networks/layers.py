@@ -106,14 +106,22 @@ class BatchNorm(nnx.Module):
             origin = jax.lax.platform_dependent(self.mean[...], tpu=lambda mean: mean, default=jnp.zeros_like)
             y -= rearrange(jax.lax.stop_gradient(origin), "c -> 1 1 1 1 c")
             mean, var, count = _statistics(y, where)
-            self._update_running(mean[0] + origin, var[0], count[0])
+            self._update_running(mean + origin[None], var, count, where)
         else:
             mean, var = self.mean[...][None], self.var[...][None]
         factor = jax.lax.rsqrt(var + self.epsilon) * self.scale[...][None]
         mean, factor, bias = (rearrange(v, "g c -> g 1 1 1 c") for v in (mean, factor, self.bias[...][None]))
         return rearrange((y - mean) * factor + bias, "g n h w c -> (g n) h w c").astype(x.dtype)
 
-    def _update_running(self, mean: Array, var: Array, count: Array) -> None:
+    def _update_running(
+        self,
+        mean: Float[Array, "g c"],
+        var: Float[Array, "g c"],
+        count: Float[Array, " g"],
+        where: Where | None,
+    ) -> None:
+        """Let running statistics follow those of the groups: of the first."""
+        mean, var, count = mean[0], var[0], count[0]
         unbiased = var * (count / jnp.maximum(count - 1, 1))
         for running, new in ((self.mean, mean), (self.var, unbiased)):
             running[...] = (1 - self.momentum) * running[...] + self.momentum * jax.lax.stop_gradient(new)

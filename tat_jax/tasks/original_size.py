@@ -1,4 +1,4 @@
-"""The class of each pixel at the size of its image, from logits of another size, in tiles of bounded memory."""
+"""Each pixel's class at its image's own size, from logits of another size, in tiles of bounded memory."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -47,7 +47,7 @@ def class_maps(logits: Logits, sizes: Sizes, canvas: tuple[int, int]) -> UInt8[A
 
     def write(maps: Array, classes: Array, top: Array, left: Array) -> Array:
         labels = jnp.where(classes < 0, IGNORED, classes).astype(jnp.uint8)
-        return lax.dynamic_update_slice(maps, labels, (0, top, left))
+        return lax.dynamic_update_slice(maps, labels, (jnp.int32(0), top, left))
 
     maps = fold_tiles(logits, sizes, write, blank)[:, :rows, :columns]
     heights, widths = (size[:, None, None] for size in sizes)
@@ -66,13 +66,14 @@ def fold_tiles(
     read, so that a pixel costs 4 · classes products whatever the sizes.
 
     One program does for images of any sizes: the number of tiles follows, while it runs, from the largest
-    height and width of the batch. It takes 64/h of the logits' own memory, and no part of it grows with H or W.
+    height and width of the batch. It takes 64/h of the logits' own memory, and no part of that grows with H
+    or W.
 
     Args:
         logits: of the images.
         sizes: their heights and widths; 0 of rows without an image.
-        visit: takes what the tiles before gave, the classes [batch, 64, 64] (−1: no numbers), and the first row
-            and column of the tile. Beyond the border of an image its last row and column go on.
+        visit: takes what the tiles before gave, the classes [batch, 64, 64], −1 of no numbers, and the first
+            row and column of the tile. Beyond the border of an image its last row and column go on.
         carry: what the first tile takes.
     """
     heights, widths = sizes
@@ -116,7 +117,7 @@ def _neighbours(has: int, wants: Int[Array, ""], first: Int[Array, ""]) -> tuple
 def nearest(
     canvas: UInt8[Array, "batch rows columns"], sizes: Sizes, height: int, width: int
 ) -> UInt8[Array, "batch {height} {width}"]:
-    """Return labels of images at one size, as Pillow's `resize((width, height), NEAREST)` has them to the pixel.
+    """Return labels of images at one size, the pixels that Pillow's `resize((width, height), NEAREST)` takes.
 
     Args:
         canvas: the labels at their images' sizes, at the top left.

@@ -1,4 +1,4 @@
-"""A class for each pixel: mean intersection over union, at the images' own sizes and squashed as published."""
+"""A class for each pixel: mean intersection over union, at the images' own sizes and as published."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class Segmentation(Task):
         return f"{super().preparation(data)}, squashed; scored at their own sizes and so"
 
     def measure(self, outputs: Outputs, batch: Batch, teacher: Outputs | None) -> dict[str, Float[Array, ""]]:
-        """Return the share of pixels with a class where the student is right, and where the teacher agrees."""
+        """Return of pixels with a class the share where the student is right, and that where both agree."""
         if outputs.logits is None:
             return {}
         prediction = outputs.logits.argmax(-1)
@@ -82,9 +82,9 @@ class Segmentation(Task):
     def count(self, outputs: Outputs, batch: Batch) -> dict[str, Int[Array, "..."]]:
         """Count the images, and their pixels in both confusion matrices [truth, prediction].
 
-        `confusion` is at the images' own sizes, computed in tiles (see `original_size.fold_tiles`: one program
-        for all sizes), `confusion_squashed` at the size of the logits. Of equal logits the lower class comes
-        first; a pixel with a logit that is no number counts as wrong; labels that are no class do not count.
+        `confusion` is at the images' own sizes, by one program for all, see `original_size.fold_tiles`, and
+        `confusion_squashed` at the size of the logits. Of equal logits the lower class comes first; a pixel
+        with a logit that is no number counts as wrong; labels that are no class do not count.
 
         Raises:
             ValueError: the network gives no logits, or none for each pixel; or the batch has more pixels than
@@ -99,26 +99,23 @@ class Segmentation(Task):
                 f"the network gives logits of {shape} for an image, and segmentation takes height × width × "
                 "classes: take one that segments, as deeplab_resnet18"
             )
-        if labels.size > _MOST_PIXELS:
-            raise ValueError(f"{labels.size:,} pixels a batch are more than 32 bits count: lower batch_size")
         classes = logits.shape[-1]
+        if (pixels := max(labels.size, logits.size // classes)) > _MOST_PIXELS:
+            raise ValueError(f"{pixels:,} pixels a batch are more than 32 bits count: lower batch_size")
         canvas = jnp.where(batch.where[:, None, None], labels, jnp.uint8(OUTSIDE))
         sizes = original_size.image_sizes(canvas)
-        squashed = matrices.confusion(
-            original_size.nearest(canvas, sizes, *logits.shape[1:3]),
-            original_size.best_class(logits),
-            classes,
-        )
+        squashed = original_size.nearest(canvas, sizes, *logits.shape[1:3])
+        of_squashed = matrices.confusion(squashed, original_size.best_class(logits), classes)
         return {
             "count": jnp.sum(batch.where),
             "confusion": _confusion(logits, canvas, sizes).sum(0),
-            "confusion_squashed": squashed.sum(0),
+            "confusion_squashed": of_squashed.sum(0),
         }
 
     def measures(
         self, counts: Mapping[str, Int[np.ndarray, "..."]], classes: Sequence[str] | None
     ) -> dict[str, float]:
-        """Return the measures of `confusion.measures`, the squashed mIoU, and the IoU of each class by its name.
+        """Return those of `confusion.measures`, the squashed mIoU, and the IoU of each class by its name.
 
         Classes that are neither in a label nor predicted are left out.
         """
@@ -131,12 +128,15 @@ class Segmentation(Task):
 
     def class_maps(
         self, outputs: Outputs, label: UInt8[Array, "batch rows columns"]
-    ) -> UInt8[Array, "batch rows columns"]:
+    ) -> UInt8[Array, "batch rows columns"] | None:
         """Return the class of each pixel of images at their own sizes, on the canvases of their labels."""
-        return original_size.class_maps(outputs.logits, original_size.image_sizes(label), label.shape[1:])
+        if outputs.logits is None:
+            return None
+        _, rows, columns = label.shape
+        return original_size.class_maps(outputs.logits, original_size.image_sizes(label), (rows, columns))
 
     def chance(self, num_classes: int) -> float:
-        """Return the IoU of a guess among classes of one size: of each, 1/C² is common and 2/C − 1/C² either."""
+        """Return the IoU of a guess among C classes of one size: 1/C² of a picture over 2/C − 1/C² of it."""
         return 1 / (2 * num_classes - 1)
 
     def table(self, evaluations: Mapping[str, Mapping[str, float]]) -> str:
@@ -166,7 +166,7 @@ def _confusion(
     classes = logits.shape[-1]
 
     def add(counts: Array, prediction: Array, top: Array, left: Array) -> Array:
-        truth = lax.dynamic_slice(whole_tiles, (0, top, left), prediction.shape)
+        truth = lax.dynamic_slice(whole_tiles, (jnp.int32(0), top, left), prediction.shape)
         return counts + matrices.confusion(truth, prediction, classes)
 
     none = jnp.zeros((len(logits), classes, classes), jnp.int32)
