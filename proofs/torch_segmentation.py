@@ -4,6 +4,7 @@ Nothing here comes from `tat_jax` or from the published code.
 """
 
 import math
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -79,6 +80,15 @@ def losses(model, teacher, images, labels, *, weight, patches, groups, anchors, 
     tat = patch_weight * patch_group_loss(*maps, patches, groups)
     tat = tat + anchor_weight * anchor_loss(*maps, anchors)
     return cross_entropy + weight * tat, cross_entropy, tat
+
+
+def terms_of(config) -> dict[str, Any]:
+    """Return the keyword arguments of `losses` that a config means whose cross-entropy has the weight 1."""
+    options = config.losses.patch_anchor.decoder
+    return {
+        name: options[name]
+        for name in ("weight", "patches", "groups", "anchors", "patch_weight", "anchor_weight")
+    }
 
 
 def make_optimizer(model, *, learning_rate, weight_decay, steps):

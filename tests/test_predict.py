@@ -11,15 +11,20 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
-from tat_jax import networks, predict, sharding
-from tat_jax.configs import r18_r34
+from tat_jax import evaluate, networks, predict, sharding
+from tat_jax.configs import base, r18_r34
+from tat_jax.data.digit_masks import DigitMasks
+from tat_jax.data.label_maps import IGNORED
 from tat_jax.data.transforms import decode
+from tat_jax.overlays import overlay, palette
 from tat_jax.signals import Interrupted
 from tat_jax.tasks.classification import Classification
 from tat_jax.weights import store
 from tests.images import encode, photograph
 
+COLOURS = np.random.default_rng(0).integers(0, 256, (11, 3)).astype(np.uint8)
 MAIN = Path(__file__).parents[1] / "main.py"
 CLASSES = ["ant", "bee", "cat, tame", "d\u00f6g", "e\udce9l", "f"]
 PATHS = ["b/1.jpg", "b/a/2.png", "c d/\u00fc.jpeg", "3.JPG", 'z/"x",\n\udce9.jpg']
@@ -55,6 +60,17 @@ def images(tmp_path):
     return tmp_path / "in"
 
 
+def scenes_config():
+    config = base.base()
+    config.task, config.batch_size = "segmentation", 16
+    config.data.update({"source": "digit_masks", "image_size": 65, "threads": 1})
+    return config
+
+
+def use_devices(monkeypatch, count):
+    monkeypatch.setattr(sharding, "make_mesh", lambda make=sharding.make_mesh: make(jax.devices()[:count]))
+
+
 def read(path):
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         return list(csv.reader(file))
@@ -85,7 +101,7 @@ def assert_is_table(path, lines):
 def test_the_most_likely_classes_of_each_image_are_those_of_its_evaluation(
     weights, images, tmp_path, monkeypatch, devices, batch_size, readers
 ):
-    monkeypatch.setattr(sharding, "make_mesh", lambda make=sharding.make_mesh: make(jax.devices()[:devices]))
+    use_devices(monkeypatch, devices)
     config = config_of(processes=readers)
     config.batch_size = batch_size
     found = predict.run(config, "nowhere", weights, images, tmp_path / "out")
@@ -205,6 +221,99 @@ def test_a_head_that_nobody_trained_predicts_nothing(images, tmp_path):
     )
     with pytest.raises(ValueError, match="a head that was never trained"):
         predict.run(config_of(), "nowhere", str(tmp_path / "fresh"), images, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def deeplab(tmp_path_factory):
+    """Gives a narrow DeepLabV3+ of random weights: what matters is what becomes of its logits."""
+    folder = tmp_path_factory.mktemp("weights") / "deeplab"
+    arguments = {"architecture": "deeplab_resnet18", "num_classes": 11, "width": 2}
+    found = store.network_weights(networks.construct(arguments, rngs=nnx.Rngs(0)))
+    usage = {"num_classes": 11, "classes": DigitMasks("val").classes, "colours": COLOURS.tolist()}
+    store.save_network(
+        folder, store.StoredNetwork(found, arguments, {"head": "trained", "source": "a test"}, usage)
+    )
+    return str(folder)
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    """Gives a folder of the scenes to validate."""
+    found = DigitMasks("val")
+    for i in range(len(found)):
+        path = tmp_path / "in" / f"{i % 3}" / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(found[i].image).save(path)
+    return tmp_path / "in"
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_label_maps_are_those_that_the_evaluation_measures_at_the_sizes_of_the_images(
+    deeplab, scenes, tmp_path, monkeypatch, devices
+):
+    use_devices(monkeypatch, devices)
+    predicted = predict.run(scenes_config(), "nowhere", deeplab, scenes, tmp_path / "out")
+    assert str(predicted).startswith("48 images, ")
+    truths, confusion = DigitMasks("val"), np.zeros((11, 11), int)
+    for i in range(len(truths)):
+        name = f"{i % 3}/{i:03}"
+        with Image.open(tmp_path / "out" / "labels" / f"{name}.png") as opened:
+            assert (opened.mode, opened.getpalette()) == ("P", palette(11, COLOURS).ravel().tolist())
+            found = np.asarray(opened)
+        image, truth, _ = truths[i]
+        assert found.shape == truth.shape
+        np.add.at(confusion, (truth[truth != IGNORED], found[truth != IGNORED]), 1)
+        with Image.open(tmp_path / "out" / "overlays" / f"{name}.jpg") as opened:
+            drawn = np.asarray(opened).astype(int)
+        assert np.abs(drawn - overlay(image, found, palette(11, COLOURS))).mean() < 12  # of JPEG
+    evaluated = evaluate.run(scenes_config(), "nowhere", deeplab)
+    np.testing.assert_array_equal(confusion, evaluated.confusion)
+    assert (confusion.sum(0) > 0).sum() > 1  # not one class for all
+
+
+def test_label_maps_of_all_sizes_lie_where_they_lay_and_keep_their_endings_where_they_need_them(
+    deeplab, tmp_path
+):
+    sizes = {"a.png": (1, 1), "a.jpg": (3, 130), "b/c.png": (130, 3), "b/\udce9.jpg": (20, 30)}
+    for name, (height, width) in sizes.items():
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(photograph(height, width), "PNG" if name.endswith("png") else "JPEG"))
+    (tmp_path / "in" / "b" / "broken.png").write_bytes(b"no image")
+    found = predict.run(scenes_config(), "nowhere", deeplab, tmp_path / "in", tmp_path / "out")
+    assert (found.images, len(found.skipped)) == (4, 1)
+    for name, (height, width) in sizes.items():
+        for picture in (f"labels/{name}.png", f"overlays/{name}.jpg"):
+            with Image.open(tmp_path / "out" / picture) as opened:
+                assert opened.size == (width, height)
+    assert len([path for path in (tmp_path / "out").rglob("*") if path.is_file()]) == 8
+
+
+def test_a_full_disk_is_told_in_a_line_and_leaves_only_whole_files(deeplab, scenes, tmp_path, monkeypatch):
+    write = Path.write_bytes
+
+    def fail_at_the_tenth(path, data):
+        write(path, data[:10])
+        if len(list((tmp_path / "out" / "labels").rglob("*.png"))) > 10:
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", fail_at_the_tenth)
+    with pytest.raises(OSError, match=r"^cannot write .*\.(png|jpg): No space left on device$"):
+        predict.run(scenes_config(), "nowhere", deeplab, scenes, tmp_path / "out")
+    left = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert 10 < len(left) < 96
+    for path in left:
+        with Image.open(path) as opened:
+            opened.load()
+
+
+def test_a_network_of_another_task_is_named(deeplab, scenes, tmp_path):
+    config = scenes_config()
+    config.task = "classification"
+    config.data.eval_resize = 65
+    with pytest.raises(ValueError, match=r"logits of an image are \[65, 65, 11\], not one for each class"):
+        predict.run(config, "nowhere", deeplab, scenes, tmp_path / "out")
 
 
 def test_the_command_predicts_from_weights_alone_with_a_config(weights, images, tmp_path):
