@@ -15,7 +15,7 @@ def get_config(argument: str = "") -> ConfigDict:
     smoke = argument == "smoke"
     students = {
         "resnet18": {},
-        "mobilenet": {"architecture": "deeplab_mobilenet_v2", "weights": "random"},
+        "mobilenet": {"architecture": "deeplab_mobilenet_v2", "weights": "random", "width": 64},
     }
     losses = {
         "cross-entropy": {},
