@@ -10,6 +10,7 @@ from tat_jax.experiment import FIELDS
 from tat_jax.losses import LOSSES
 
 TAPS = ("layer1", "layer2", "layer3", "layer4")
+DECODER = "decoder"  # the tap of DeepLabV3+ that is distilled
 
 
 def base() -> ConfigDict:
@@ -25,8 +26,10 @@ def base() -> ConfigDict:
     config.losses = {
         "cross_entropy": loss("cross_entropy", weight=1.0),
         "kd": loss("kd"),
-        "tat": {tap: loss("tat") for tap in TAPS},
+        "tat": {tap: loss("tat") for tap in (*TAPS, DECODER)},
         "fitnet": {tap: loss("fitnet") for tap in TAPS},
+        "pixel_cross_entropy": loss("pixel_cross_entropy"),
+        "patch_anchor": {DECODER: loss("patch_anchor")},
     }
     return config
 

@@ -88,6 +88,7 @@ def build(
         optimizer=optimizer,
         learning_rate=learning_rate,
         leave_out_not_finite=config.steps_left_out > 0,
+        teacher_in_training=config.teacher_mode == "train",
     )
     state = distill.init_state(distillation, optimizer)
     state, teacher_state = sharding.put_whole((state, teacher_state), mesh, what="the networks' weights")
@@ -139,7 +140,12 @@ def build_teacher(
     if own is not None:
         return networks.own(_copied(own), num_classes=num_classes, seed=config.seed)
     return networks.build(
-        config.teacher, num_classes=num_classes, dtype=config.dtype, seed=config.seed, fit_head=False
+        config.teacher,
+        num_classes=num_classes,
+        dtype=config.dtype,
+        bn_group=config.bn_group if config.teacher_mode == "train" else None,
+        seed=config.seed,
+        fit_head=False,
     )
 
 

@@ -1,4 +1,4 @@
-"""All that a training needs, tried before it starts: a line for each item, and nothing is written."""
+"""All that a training needs, tried before it starts: a line for each item, and a picture of its images."""
 
 import jax
 from ml_collections import ConfigDict
@@ -26,7 +26,9 @@ def run(
     """Check all that training `config` in `folder` needs, first steps included; of a study, every training.
 
     Prints a line for each item as it goes. One that fails leaves out only those that need it, so that one
-    call finds all that is wrong. The teacher of a study is random here until it is trained.
+    call finds all that is wrong. The teacher of a study is random here until it is trained. All that is
+    written is a picture, `check.png` in the folder: training crops with their labels, of a study those of its
+    first training.
 
     Args:
         config: as the functions in `configs/` return it.
@@ -41,13 +43,13 @@ def run(
         Whether all items hold.
     """
 
-    def check(training: ConfigDict, folder: Place | None) -> bool:
+    def check(training: ConfigDict, folder: Place | None, draw_in: Place | None) -> bool:
         if pod:
             return _check_for_pod(training, pod, price, student, teacher, losses)
-        return _check(training, folder, student, teacher, losses)
+        return _check(training, folder, draw_in, student, teacher, losses)
 
     if "study" not in config:
-        return check(config, place(folder))
+        return check(config, place(folder), None)
     study.check(config)
     here = study.folder_of(folder)
     trainings = {name: of_seeds[0] for name, of_seeds in study.students_of(config, here).items()}
@@ -56,17 +58,18 @@ def run(
         if not folders.steps(here / "teacher"):  # it is yet to be trained
             for training in trainings.values():
                 training.teacher.weights = networks.RANDOM
-    hold = []
+    hold: list[bool] = []
     for name, training in trainings.items():
         if jax.process_index() == 0:
             print(f"study, {name}:", flush=True)
-        hold.append(check(training, None))
+        hold.append(check(training, None, None if hold else here))
     return all(hold)
 
 
 def _check(
     config: ConfigDict,
     folder: Place | None,
+    draw_in: Place | None,
     student: OwnNetwork | None,
     teacher: OwnNetwork | None,
     losses: Own | None,
@@ -75,10 +78,12 @@ def _check(
     items = Items()
     checked = items.check("config", inspection.check_config, config, losses)
     if folder:
-        items.check("folder", inspection.describe_folder, checked, folder)
+        draw_in = items.check("folder", inspection.describe_folder, checked, folder)
     devices = items.check("devices", inspection.describe_devices, config, mesh)
     train_data = items.check("training data", sample.open_data, config, "train")
-    items.check("training sample", sample.read_sample, config, train_data, "train")
+    train_sample = items.check("training sample", sample.read_sample, config, train_data, "train")
+    if draw_in:
+        items.check("picture", inspection.draw_crops, train_data, train_sample, draw_in)
     eval_data = items.check("validation data", sample.open_data, config, "val")
     eval_sample = items.check("validation sample", sample.read_sample, config, eval_data, "val")
     # Weights can be read without the data; only the head depends on its classes.
@@ -114,8 +119,8 @@ def _check_for_pod(
     learner = items.check("student", pods.inspect_student, config, data, student)
     master = items.check("teacher", pods.inspect_teacher, config, data, teacher, losses)
     built = items.check("task", pods.build_training, checked, data, learner, master, losses)
-    step = items.check("training step", pods.compile_step, config, built, place)
-    evaluation = items.check("evaluation step", pods.compile_evaluation, config, built, place)
+    step = items.check("training step", pods.compile_step, config, data, built, place)
+    evaluation = items.check("evaluation step", pods.compile_evaluation, config, data, built, place)
     items.check("time", pods.reckon, config, place, data, step, evaluation, price)
     items.check("largest batch", pods.find_largest_batch, config, built, place, data, step)
     return items.hold()

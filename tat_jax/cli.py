@@ -27,12 +27,16 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "check"],
-    "Train, evaluate a network, or check all that a training needs.",
+    ["train", "eval", "check", "predict"],
+    "Train, evaluate a network, check all that a training needs, or predict the images of a folder.",
 )
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "best", "What --mode eval evaluates: best or last of the run, or a folder of weights."
+    "checkpoint",
+    "best",
+    "What --mode eval and predict take: best or last of the run, or a folder of weights.",
 )
+_IMAGES = flags.DEFINE_string("images", None, "The folder of images that --mode predict predicts.")
+_OUT = flags.DEFINE_string("out", None, "The folder where --mode predict writes: a table, or label maps.")
 _OWN = {
     which: flags.DEFINE_string(
         which,
@@ -47,6 +51,7 @@ _TOPOLOGY = flags.DEFINE_string(
     "With --mode check: a pod of TPUs, as v5e:8x8, for which the steps are compiled; it need not be there.",
 )
 _PRICE = flags.DEFINE_float("price", None, "With --topology: US$ an hour for a chip.", lower_bound=0.0)
+_OF_NETWORKS = ("eval", "predict")  # the modes that take a network as it is
 _OVERRIDES: list[overrides.Override] = []
 
 
@@ -80,7 +85,7 @@ def main(_: list[str]) -> None:
 
         import jax  # this and all below after the flags, so that mistakes in them are answered at once
 
-        from tat_jax import sharding
+        from tat_jax import program_cache, sharding
 
         if _TOPOLOGY.value is None:
             sharding.start_processes()
@@ -94,10 +99,10 @@ def main(_: list[str]) -> None:
             for line in (*filter(None, [experiment.origin]), *_unread()):
                 print(line, file=sys.stderr)
         if _TOPOLOGY.value is None:  # of devices that are not here JAX cannot read what it has kept
-            _cache_programs()
+            program_cache.open_cache()
         _run(experiment)
     except signals.Interrupted as stopped:
-        print(f"{stopped}; the same command continues from there", file=sys.stderr)
+        print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.signal)
     except FloatingPointError as error:  # the same in every process
         sys.exit(f"error: {error}")
@@ -122,15 +127,19 @@ def parse_flags(arguments: list[str]) -> list[str]:
         left = flags.FLAGS(others)[1:]
         if left:
             raise ValueError(f"unknown argument {left[0]!r}; flags begin with --")
-        if _MODE.value == "eval":
+        if _MODE.value in _OF_NETWORKS:
             _checkpoint()
             if _OWN["teacher"].value is not None:
-                raise ValueError("--teacher is for a training; --mode eval evaluates one network, --student")
+                raise ValueError(
+                    f"--teacher is for a training; --mode {_MODE.value} takes one network, --student"
+                )
         elif flags.FLAGS["checkpoint"].present:
             raise ValueError(
-                "--checkpoint is for --mode eval; a training starts from --config.student.weights=FOLDER"
+                "--checkpoint is for --mode eval and predict; a training starts from "
+                "--config.student.weights=FOLDER"
             )
         _check_topology()
+        _prediction()
     except flags.UnrecognizedFlagError as error:
         sys.exit(f"error: {_unknown_flag(error)}")
     except (flags.Error, ValueError, ImportError) as error:
@@ -151,6 +160,28 @@ def _check_topology() -> None:
     topology.check_name(_TOPOLOGY.value)
 
 
+def _prediction() -> tuple[Path, Path] | None:
+    """Return the folders of the images to predict and of what is predicted; None in another mode.
+
+    Raises:
+        ValueError: the flags cannot be meant.
+    """
+    given = {flag.name: flag.value for flag in (_IMAGES, _OUT)}
+    if _MODE.value != "predict":
+        for name in (name for name, value in given.items() if value is not None):
+            raise ValueError(f"--{name} is for --mode predict; the images of others are --config.data.root")
+        return None
+    for name, what in (("images", "of the images"), ("out", "where predictions go")):
+        if not given[name]:
+            raise ValueError(f"--mode predict needs --{name}, the folder {what}")
+    images, out = (paths.local(value or "") for value in given.values())
+    if not images.is_dir():
+        raise ValueError(f"--images={images}: there is no such folder")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out={out} is a file, and must be the folder where predictions go")
+    return images, out
+
+
 def read_experiment() -> Experiment:
     """Return what the flags name.
 
@@ -161,7 +192,7 @@ def read_experiment() -> Experiment:
         ValueError: there is no such config, a field or its value is not allowed, or without --config there
             is something else in the folder than a training may go into or an evaluation needs.
     """
-    from tat_jax import experiment, run_folder
+    from tat_jax import experiment, fields, run_folder
 
     folder, origin = _folder(), ""
     if _CONFIG.value is not None:
@@ -171,9 +202,11 @@ def read_experiment() -> Experiment:
         config = run_folder.read_config(run, experiment.FIELDS)
         origin = f"without --config: that of the run, {run / 'config.json'}"
         if config is None:
-            _check_may_be_demo(run)
+            _check_may_be_demo(run, besides=run_folder.CHECK)
             config = config_files.load(config_files.DEMO)
             origin = f"without --config: the demonstration, {config_files.DEMO}"
+    with config.unlocked():
+        fields.renew(experiment.FIELDS, config)
     overrides.apply(config, _OVERRIDES, experiment.FIELDS)
     config_files.expand_paths(config)
     names = [override.name for override in _OVERRIDES]
@@ -186,9 +219,9 @@ def read_experiment() -> Experiment:
 
 
 def _unread() -> list[str]:
-    """Return what of the command line an evaluation does not read and might be thought to."""
+    """Return what of the command line is not read where a network is taken as it is, but may seem to be."""
     names = sorted({override.name for override in _OVERRIDES if override.name.startswith("student.")})
-    if _MODE.value != "eval" or not names:
+    if _MODE.value not in _OF_NETWORKS or not names:
         return []
     return [f"note: {', '.join(names)}: not read, the network is that of --checkpoint={_checkpoint()}"]
 
@@ -206,7 +239,7 @@ def _folder() -> Place:
 
 
 def _checkpoint() -> str:
-    """Return what is to be evaluated."""
+    """Return the network that is to be evaluated, or to predict."""
     from tat_jax.weights import folders
 
     which = _CHECKPOINT.value
@@ -224,7 +257,7 @@ def _run_of(folder: Place) -> Place:
     """Return the folder whose config counts: of an evaluation of a checkpoint alone, that of its run."""
     from tat_jax.weights import folders
 
-    if _MODE.value != "eval" or _WORKDIR.value is not None or _checkpoint() in folders.CHOICES:
+    if _MODE.value not in _OF_NETWORKS or _WORKDIR.value is not None or _checkpoint() in folders.CHOICES:
         return folder
     place = buckets.place(_checkpoint())
     if isinstance(place, Path) and place.absolute().parent.name == "checkpoints":
@@ -232,12 +265,12 @@ def _run_of(folder: Place) -> Place:
     return place
 
 
-def _check_may_be_demo(folder: Place) -> None:
+def _check_may_be_demo(folder: Place, *, besides: str) -> None:
     """Raise a ValueError where the demonstration can hardly be meant: there is no run, or something else."""
     if isinstance(folder, Bucket):
         raise ValueError(f"no run in {folder}: name a config with --config")
-    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if _MODE.value == "eval":
+    there = sorted({path.name for path in folder.iterdir()} - {besides}) if folder.is_dir() else []
+    if _MODE.value in _OF_NETWORKS:
         raise ValueError(f"no run in {folder}: name one with --workdir, or a config with --config")
     if _MODE.value == "train" and there and _WORKDIR.value is not None:
         raise ValueError(
@@ -249,7 +282,7 @@ def _check_may_be_demo(folder: Place) -> None:
 def _run(experiment: Experiment) -> None:
     import jax
 
-    from tat_jax import check, evaluate, study, topology, train
+    from tat_jax import check, evaluate, predict, study, topology, train
 
     config, folder, _ = experiment
     student, teacher = (
@@ -258,7 +291,13 @@ def _run(experiment: Experiment) -> None:
     if (student or teacher) and "study" in config:
         raise ValueError("--student and --teacher are for one training: those of a study are its config's")
     if _MODE.value == "eval":
-        print(evaluate.run(config, folder, _checkpoint(), student=student))
+        print(evaluate.run(config, folder, _checkpoint(), student=student).report())
+    elif folders := _prediction():
+        predicted = predict.run(config, folder, _checkpoint(), *folders, student=student)
+        if jax.process_index() == 0:
+            for line in predicted.skipped:
+                print(f"skipped: {line}", file=sys.stderr)
+            print(predicted)
     elif _MODE.value == "check":
         pod = None if _TOPOLOGY.value is None else topology.find(_TOPOLOGY.value)
         if not check.run(config, folder, student=student, teacher=teacher, pod=pod, price=_PRICE.value):
@@ -281,25 +320,6 @@ def _leave(message: str) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
-
-
-def _cache_programs() -> None:
-    """Keep compiled programs for the next start, where there is a place for them."""
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    try:
-        folder = paths.cache() / "xla"
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"{folder} cannot be written")
-    except (ValueError, OSError) as error:
-        if jax.process_index() == 0:
-            why = failures.explain(error)
-            print(f"every start compiles anew: {why}; XDG_CACHE_HOME names another folder", file=sys.stderr)
-    else:
-        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _unknown_flag(error: flags.UnrecognizedFlagError) -> str:

@@ -41,6 +41,7 @@ class Recipe(NamedTuple):
         optimizer: what turns gradients into updates.
         learning_rate: its rate by step, to be reported.
         leave_out_not_finite: whether a step whose loss or gradient is not finite changes nothing.
+        teacher_in_training: whether the teacher takes the batch's statistics and drops out, as in training.
     """
 
     distillation: nnx.GraphDef
@@ -51,6 +52,7 @@ class Recipe(NamedTuple):
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
     leave_out_not_finite: bool = False
+    teacher_in_training: bool = False
 
 
 class TrainState(NamedTuple):
@@ -80,15 +82,13 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """Take one optimiser step on the weighted sum of the losses.
 
-    total = Σ weight · loss; the student and what the losses hold are trained, the teacher runs in evaluation
-    mode and gets no gradient.
+    total = Σ weight · loss; the student and what the losses hold are trained. The teacher gets no
+    gradient and stays as it is, whichever mode it runs in.
 
     Returns:
         The next state and the measurements of this batch, before the update.
     """
-    told = Outputs(None, {})
-    if recipe.teacher is not None:
-        told = jax.lax.stop_gradient(nnx.merge(recipe.teacher, teacher)(batch.image))
+    told = jax.lax.stop_gradient(_teach(recipe, state.step, teacher, batch))
     weights = {name: w(state.step) if callable(w) else w for name, w in recipe.weights.items()}
 
     def loss_fn(params: nnx.State):
@@ -114,6 +114,19 @@ def train_step(
         unchanged = state._replace(step=after.step)
         after = jax.tree.map(functools.partial(jnp.where, finite), after, unchanged)
     return after, metrics
+
+
+def _teach(recipe: Recipe, step: Array, teacher: nnx.State | None, batch: Batch) -> Outputs:
+    """Return what the teacher says of a batch; nothing where there is none."""
+    if recipe.teacher is None:
+        return Outputs(None, {})
+    view = nnx.merge(recipe.teacher, teacher, copy=True)
+    if not recipe.teacher_in_training:
+        return view(batch.image)
+    for _, key in nnx.iter_graph(view):
+        if isinstance(key, nnx.RngKey):
+            key.set_value(jax.random.fold_in(key.get_value(), step))  # of each step its own masks
+    return view(batch.image, train=True, where=batch.where)  # whose new statistics vanish with the copy
 
 
 def _mean(value: Array, where: Where) -> Float[Array, ""]:

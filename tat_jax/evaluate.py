@@ -28,16 +28,24 @@ from tat_jax.weights import folders, remote
 
 
 class Evaluation(NamedTuple):
-    """What a task measured on so many `images`; `skipped` ones could not be read."""
+    """What a task measured on so many `images`; `skipped` ones could not be read.
+
+    `confusion` is [truth, prediction] where the task counts that.
+    """
 
     task: Task
     measures: dict[str, float]
     images: int
     skipped: int
+    confusion: np.ndarray | None = None
 
     def __str__(self) -> str:
         skipped = f" ({self.skipped} unreadable skipped)" if self.skipped else ""
         return f"{self.task.describe(self.measures)}  on {self.images:,} images{skipped}"
+
+    def report(self) -> str:
+        """Return all of it in lines."""
+        return "\n".join(filter(None, (str(self), self.task.table({"": self.measures}))))
 
 
 class Stopped(Exception):
@@ -60,29 +68,41 @@ def run(
         ValueError: the config is no training's, or the classes of the network are not those of the data.
     """
     experiment.check(config)
-    choose = folders.CHOICES.get(which)
-    if choose:
-        with remote.at_hand(buckets.place(folder)) as here:
-            network = networks.restore(choose(here), dtype=config.dtype, network=student)
-    else:
-        network = networks.restore(which, dtype=config.dtype, network=student)
-    named = f"the {which} checkpoint of {folder}" if choose else which
+    network, named = load(config, folder, which, student=student)
     mesh = sharding.make_mesh()
     pipeline = open_pipeline(config, "val", batch_size=sharding.round_up(config.batch_size, mesh))
     check_same(config, pipeline)
-    if network.origin["head"] == "fresh":
-        raise ValueError(f"{named} has a head that was never trained: its logits mean nothing")
     if wrong := other_classes(network, pipeline.source.num_classes, class_names(pipeline.source)):
         raise ValueError(f"{named} has other classes: {wrong}; name data of its own")
     show, task = jax.process_index() == 0, TASKS[config.task]()
-    for line in (*notes(pipeline.source), *_other_sizes(network, named, task, config)) if show else ():
+    for line in (*notes(pipeline.source), *other_sizes(network, named, task, config)) if show else ():
         print(f"note: {line}", file=sys.stderr)
     graph, state = nnx.split(network.view)
     state = sharding.put_whole(state, mesh, what="the weights")
     return evaluate(graph, state, task, pipeline, mesh, show=show)
 
 
-def _other_sizes(network: Network, named: str, task: Task, config: ConfigDict) -> list[str]:
+def load(
+    config: ConfigDict, folder: str | Place, which: str, *, student: OwnNetwork | None = None
+) -> tuple[Network, str]:
+    """Return the network that is to be evaluated, and what lines call it; the arguments are those of `run`.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: its head was never trained.
+    """
+    if choose := folders.CHOICES.get(which):
+        with remote.at_hand(buckets.place(folder)) as here:
+            network = networks.restore(choose(here), dtype=config.dtype, network=student)
+    else:
+        network = networks.restore(which, dtype=config.dtype, network=student)
+    named = f"the {which} checkpoint of {folder}" if choose else which
+    if network.origin["head"] == "fresh":
+        raise ValueError(f"{named} has a head that was never trained: its logits mean nothing")
+    return network, named
+
+
+def other_sizes(network: Network, named: str, task: Task, config: ConfigDict) -> list[str]:
     """Return what is to be noted where a network was trained for images of other sizes than the config's."""
     known, here = network.usage.get("image"), task.sizes(config.data)
     if not known or known == here:
@@ -136,7 +156,8 @@ def evaluate(
         raise RuntimeError(f"evaluated {images} and skipped {skipped} of {len(pipeline.source)} images")
     if images == 0:
         raise ValueError("no image of the split could be read")
-    return Evaluation(task, task.measures(totals), images, skipped)
+    measures = task.measures(totals, class_names(pipeline.source))
+    return Evaluation(task, measures, images, skipped, totals.get("confusion"))
 
 
 def eval_step(graph: nnx.GraphDef, task: Task, state: nnx.State, batch: Batch) -> dict[str, Array]:

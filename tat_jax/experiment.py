@@ -37,6 +37,11 @@ FIELDS: Fields = {
     ),
     "student": networks.FIELDS,
     "teacher": networks.FIELDS,
+    "teacher_mode": Field(
+        "eval",
+        one_of("eval", "train"),
+        "of the teacher; train: statistics of the batch and dropout, as published for segmentation",
+    ),
     "losses": losses.FIELDS,
     "optimizer": optim.FIELDS,
     "data": data.FIELDS,

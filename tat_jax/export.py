@@ -65,9 +65,9 @@ def export(
     entries = export_entries(network, own)
     if network.usage and usage.exists() and usage.read_bytes() != as_json(network.usage):
         raise _exists(usage)
-    _write(path, safetensors.numpy.save(entries) if path.suffix == ".safetensors" else _pth(entries))
+    paths.write(path, safetensors.numpy.save(entries) if path.suffix == ".safetensors" else _pth(entries))
     if network.usage:
-        _write(usage, as_json(network.usage))
+        paths.write(usage, as_json(network.usage))
     return Exported(len(entries), named, network.origin["head"], usage if network.usage else None)
 
 
@@ -85,15 +85,3 @@ def _pth(entries: Entries) -> bytes:
     file = io.BytesIO()  # PyTorch's own writer tells of a full disk in a stack trace
     torch.save({name: torch.from_numpy(array) for name, array in entries.items()}, file)
     return file.getvalue()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole, or nothing."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with paths.replacing(path) as partial:
-            partial.write_bytes(data)
-    except OSError as error:
-        is_other = error.filename and not str(error.filename).startswith(f"{path}.")
-        place = f" ({error.filename})" if is_other else ""
-        raise OSError(f"cannot write {path}: {error.strerror}{place}") from None

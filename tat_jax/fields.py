@@ -23,6 +23,20 @@ class Rule(NamedTuple):
     holds: Callable[[Any], bool]
 
 
+class Former(NamedTuple):
+    """A field that another one replaced, as configs written before have it.
+
+    Attributes:
+        name: what it was called, beside the one that replaced it.
+        rule: which values were allowed.
+        values: of each of those, the value now.
+    """
+
+    name: str
+    rule: Rule
+    values: Mapping[Any, Any]
+
+
 class Field(NamedTuple):
     """One field of a config.
 
@@ -34,6 +48,7 @@ class Field(NamedTuple):
         optional: whether a config may lack it.
         none_is: what None stands for, of the fields beside it.
         only_with: the field beside it, and which values that must have for this one to be read at all.
+        former: the field that this one replaced.
     """
 
     default: Any
@@ -43,6 +58,7 @@ class Field(NamedTuple):
     optional: bool = False
     none_is: Callable[[Mapping[str, Any]], Any] | None = None
     only_with: tuple[str, Rule] | None = None
+    former: Former | None = None
 
 
 # Of each name a field, or further fields.
@@ -132,6 +148,33 @@ def find(fields: Fields, name: str) -> Field | None:
     return here if isinstance(here, Field) else None
 
 
+def find_former(fields: Fields, name: str) -> tuple[str, Former] | None:
+    """Return, of the dotted name of a field that was replaced, that of the one now, and what it was."""
+    above, _, last = name.rpartition(".")
+    here: Any = fields
+    for part in above.split(".") if above else ():
+        here = None if isinstance(here, Field) or here is None else here.get(part, here.get("*"))
+    if isinstance(here, Field) or here is None:
+        return None
+    for now, field in here.items():
+        if isinstance(field, Field) and field.former and field.former.name == last:
+            return f"{above}.{now}" if above else now, field.former
+    return None
+
+
+def renew(fields: Fields, values: Any) -> None:
+    """Write what a config or a mapping says of replaced fields as the fields now say it, in place."""
+    for name, field in fields.items():
+        was = field.former if isinstance(field, Field) else None
+        if was and was.name in values and was.rule.holds(values[was.name]):
+            values[name] = was.values[values[was.name]]
+            del values[was.name]
+    for name, value in values.items():
+        below = fields.get(name, fields.get("*"))
+        if isinstance(below, Mapping) and isinstance(value, Mapping | ConfigDict):
+            renew(below, value)
+
+
 def wrong(fields: Fields, values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Yield a line for each field that is missing, unknown or not allowed."""
     for name, field in fields.items():
@@ -146,6 +189,10 @@ def wrong(fields: Fields, values: Mapping[str, Any], prefix: str = "") -> Iterat
             yield from wrong(found, value, f"{prefix}{name}.")
         elif found is not None:
             yield f"{prefix}{name}={value!r}: it has fields of its own, {', '.join(found)}"
+        elif replaced := find_former(fields, name):
+            now, was = replaced
+            instead = " or ".join(f"{new!r} for {old!r}" for old, new in was.values.items())
+            yield f"{prefix}{name}={value!r}: {prefix}{now} has replaced it, {instead}"
         else:
             yield unknown(name, fields, prefix)
 

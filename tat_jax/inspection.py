@@ -14,7 +14,17 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tat_jax import bucket_lock, experiment, mirror, provenance, quantities, run_folder, sharding
+from tat_jax import (
+    bucket_lock,
+    experiment,
+    failures,
+    mirror,
+    pictures,
+    provenance,
+    quantities,
+    run_folder,
+    sharding,
+)
 from tat_jax.buckets import Bucket, Place
 from tat_jax.build import Built, all_terms, build, build_student, build_teacher, shapes_of
 from tat_jax.checkpoints import read_provenance
@@ -48,7 +58,7 @@ def check_config(config: ConfigDict, losses: Own | None) -> tuple[str, ConfigDic
     return "\n".join(["every field is known and allowed", *notes]), config
 
 
-def describe_folder(config: ConfigDict, folder: Place) -> tuple[str, None]:
+def describe_folder(config: ConfigDict, folder: Place) -> tuple[str, Place]:
     """Say what a training in the folder would continue, and what its config changes.
 
     Raises:
@@ -72,7 +82,30 @@ def describe_folder(config: ConfigDict, folder: Place) -> tuple[str, None]:
     state = f"continues from step {saved[-1]}" if saved else "starts"
     free = quantities.size(shutil.disk_usage(existing).free)
     where = "" if works_in is folder else f" in {works_in}, where it works"
-    return "\n".join([f"{folder}: {state}; {free} free{where}", *notes, *differences]), None
+    return "\n".join([f"{folder}: {state}; {free} free{where}", *notes, *differences]), folder
+
+
+def draw_crops(data: Pipeline, sample: Sample, folder: Place) -> tuple[str, None]:
+    """Draw the first training crops with their labels into the run's folder, and say where.
+
+    Args:
+        data: the training images.
+        sample: of them, which could be read.
+        folder: the run's.
+
+    Raises:
+        DecodeError: one of them is no image, unless `data.skip_broken`.
+    """
+    if isinstance(folder, Bucket):
+        return f"not drawn: {folder} is in a bucket", None
+    path = folder / run_folder.CHECK
+    try:
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            pictures.draw_crops(data, path)
+    except OSError as error:
+        return f"not drawn: {failures.explain(error)}", None
+    return f"the first training crops with their labels: {path}", None
 
 
 def describe_devices(config: ConfigDict, mesh: Mesh) -> tuple[str, Mesh]:
@@ -162,9 +195,9 @@ def measure_teacher(
     graph, state = nnx.split(teacher.view)
     state = sharding.put_whole(state, mesh, what="the teacher's weights")
     evaluation = evaluate(graph, state, task, data, mesh, show=False)
-    # A teacher of few classes is right by chance often: a fifth of the way from there to always.
+    # A teacher of few classes is right by chance often: some way from there to always.
     chance = task.chance(sample.num_classes)
-    poor = evaluation.measures[task.best] < chance + (1 - chance) / 5
+    poor = evaluation.measures[task.best] < chance + (1 - chance) * task.poor
     note = (
         f"\nNOTE: a trained teacher has far more, chance is {chance:.2%}: are the classes of the data in the "
         "order of those it was trained on?"

@@ -113,6 +113,12 @@ def is_evaluation(row: Mapping[str, Any]) -> bool:
     return any(name.startswith("eval/") for name in row)
 
 
+def last_and_best(rows: Sequence[Mapping[str, Any]], measure: str) -> dict[str, Any]:
+    """Return the rows of the `last` evaluation and of the `best` by a measure: of equal ones, the later."""
+    evaluated = [row for row in rows if measure in row]
+    return {"last": evaluated[-1], "best": max(evaluated, key=lambda row: (row[measure], row["step"]))}
+
+
 def progress(
     total: int, *, initial: int = 0, description: str, leave: bool = True, show: bool = True
 ) -> tqdm:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from tat_jax.fields import YES_OR_NO, Fields, Rule, find, unknown
+from tat_jax.fields import YES_OR_NO, Fields, Rule, find, find_former, unknown
 
 _FLAG = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 _NOTHING = ("None", "none")
@@ -41,16 +41,29 @@ def split(arguments: Sequence[str], fields: Fields) -> tuple[list[str], list[Ove
             others.append(argument)
         else:
             no, name, text = flag.groups()
-            field = find(fields, name)
-            if text is None and field is not None and field.rule is YES_OR_NO:
+            field, replaced = find(fields, name), find_former(fields, name)
+            rule = replaced[1].rule if replaced else field and field.rule
+            if text is None and rule is YES_OR_NO:
                 text = str(not no)
             elif no:
                 raise ValueError(f"{argument}: --config.{name}=VALUE is how to set it")
             text = next(waiting, None) if text is None else text
             if text is None:
                 raise ValueError(f"--config.{name} is without a value")
-            overrides.append(Override(name, text))
+            overrides.append(_renewed(Override(name, text), fields))
     return others, overrides
+
+
+def _renewed(said: Override, fields: Fields) -> Override:
+    """Return what is said of a field that was replaced as it is said of the one now."""
+    replaced = find_former(fields, said.name)
+    if replaced is None:
+        return said
+    now, was = replaced
+    for value in _values([said.text], None):
+        if was.rule.holds(value):
+            return Override(now, str(was.values[value]))
+    raise ValueError(f"--config.{said.name}={said.text}: allowed is {was.rule.allowed}")
 
 
 def apply(config: ConfigDict, overrides: Sequence[Override], fields: Fields) -> None:

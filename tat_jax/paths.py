@@ -67,6 +67,22 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
+def write(path: Path, data: bytes) -> None:
+    """Write a file whole, or nothing, and the folders that it lies in.
+
+    Raises:
+        OSError: it cannot be written; the message names it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            partial.write_bytes(data)
+    except OSError as error:
+        is_other = error.filename and not str(error.filename).startswith(f"{path}.")
+        place = f" ({error.filename})" if is_other else ""
+        raise OSError(f"cannot write {path}: {error.strerror}{place}") from None
+
+
 def cache() -> Path:
     """Return the folder for what can be fetched or computed again; it need not exist.
 

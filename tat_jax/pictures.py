@@ -1,14 +1,18 @@
 """Pictures of runs."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from jaxtyping import Integer
+from PIL import Image, ImageDraw
 
+from tat_jax import overlays, paths
+from tat_jax.captions import LINE, fit, font
 from tat_jax.data.pipeline import Pipeline
-from tat_jax.data.source import Label, class_names, printable
+from tat_jax.data.source import Label, Source, class_names, printable
 from tat_jax.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -16,10 +20,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
+_Block: TypeAlias = list[tuple[np.ndarray, str]]  # images, each with its caption
 
 _IMAGES, _COLUMNS = 16, 8  # of each split, in rows of so many
+_WRITTEN = 32  # classes or fewer of a confusion, whose cells have numbers
 _LEAST, _MOST = 96, 224  # of the side of an image that is shown
-_LINE = 18  # height of a caption
 
 
 def plot_run(rows: Rows, path: Path, terms: Sequence[str], task: Task) -> None:
@@ -70,8 +75,43 @@ def plot_study(runs: Mapping[str, Sequence[Rows]], teacher: float | None, path: 
     figure.savefig(path, dpi=120)
 
 
+def plot_confusion(
+    confusion: Integer[np.ndarray, "classes classes"], path: Path, classes: Sequence[str] | None
+) -> None:
+    """Draw as what pixels or images of each class are predicted, in percent of that class.
+
+    Args:
+        confusion: counts [truth, prediction]; those of each class stand beside its name.
+        path: the picture, a PNG.
+        classes: their names by number; None where they have none.
+    """
+    counts = confusion.sum(1)
+    shares = 100 * confusion / np.maximum(counts, 1)[:, None]
+    names = [printable(name) for name in classes or map(str, range(len(confusion)))]
+    side = min(max(6.0, 0.36 * len(names)), 40.0)
+    figure = _figure(side + 2, side)
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, label="% of a class", fraction=0.04)
+    places, size = np.arange(len(names)), 8 if len(names) <= _WRITTEN else 5
+    axes.set_xticks(places, names, rotation=90, fontsize=size, parse_math=False)
+    rows = [f"{name} ({count:,})" for name, count in zip(names, counts, strict=True)]
+    axes.set_yticks(places, rows, fontsize=size, parse_math=False)
+    axes.set(xlabel="prediction", ylabel="truth (how many)", title="Confusion")
+    if len(names) <= _WRITTEN:
+        for truth, prediction in np.argwhere(shares >= 0.5):
+            share = shares[truth, prediction]
+            colour = "white" if share > 50 else "black"
+            axes.text(prediction, truth, f"{share:.0f}", ha="center", va="center", color=colour, fontsize=7)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a letter that the font has not becomes a box
+        figure.savefig(path, dpi=120, format="png")
+
+
 def draw_images(train: Pipeline, val: Pipeline, path: Path) -> None:
-    """Draw sixteen training crops and sixteen images to validate as networks see them, with their classes.
+    """Draw sixteen training crops and sixteen images to validate as networks see them, with their labels.
+
+    A class stands below its image; a label map lies over it, and a legend below all.
 
     Args:
         train: the training images; of them the first of the first epoch.
@@ -82,46 +122,93 @@ def draw_images(train: Pipeline, val: Pipeline, path: Path) -> None:
         DecodeError: one of them is no image, unless `data.skip_broken`.
         OSError: an image cannot be read, or the picture not be written.
     """
-    from matplotlib import get_data_path  # here as in `_figure`
+    looks = {"training crops": list(train.look(_IMAGES)), "images to validate": list(val.look(_IMAGES))}
+    colours = _colours(train.source)
+    blocks = {
+        title: [
+            (_with_label(image, label, colours), _caption(label, name, data)) for image, label, name in look
+        ]
+        for (title, look), data in zip(looks.items(), (train.source, val.source), strict=True)
+    }
+    labels = [label for look in looks.values() for _, label, _ in look]
+    _save(_sheet(blocks, _IMAGES // _COLUMNS), labels, train.source, path)
 
-    # Basic, and Pillow's: it draws what it has no letters for as boxes, without a warning.
-    face = Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    font = ImageFont.truetype(face, 12, layout_engine=ImageFont.Layout.BASIC)
-    splits = {"training crops": train, "images to validate": val}
-    shown = {title: list(data.look(_IMAGES)) for title, data in splits.items()}
-    size = max((len(image) for images in shown.values() for image, *_ in images), default=_LEAST)
+
+def draw_crops(train: Pipeline, path: Path) -> None:
+    """Draw the first training crops of the first epoch, with their classes or beside them their label maps.
+
+    Args:
+        train: the training images.
+        path: the picture.
+
+    Raises:
+        DecodeError: one of them is no image, unless `data.skip_broken`.
+        OSError: an image cannot be read, or the picture not be written.
+    """
+    look, colours = list(train.look(_COLUMNS)), _colours(train.source)
+    blocks = {"training crops": [(image, _caption(label, name, train.source)) for image, label, name in look]}
+    labels = [label for _, label, _ in look]
+    if any(map(_is_map, labels)):
+        blocks["with their labels"] = [
+            (_with_label(image, label, colours), _caption(label, name, train.source))
+            for image, label, name in look
+        ]
+    _save(_sheet(blocks, 1), labels, train.source, path)
+
+
+def _sheet(blocks: Mapping[str, _Block], rows: int) -> Image.Image:
+    """Return blocks of so many rows of images one below the other, each below its title."""
+    size = max((len(image) for block in blocks.values() for image, _ in block), default=_LEAST)
     side = min(size * -(-_LEAST // size), _MOST)  # small ones in whole multiples
-    width, height = side + 6, side + _LINE
-    block = _LINE + height * (_IMAGES // _COLUMNS)
-    canvas = Image.new("RGB", (width * _COLUMNS, block * len(shown)), "white")
+    width, height = side + 6, side + LINE
+    canvas = Image.new("RGB", (width * _COLUMNS, (LINE + height * rows) * len(blocks)), "white")
     draw = ImageDraw.Draw(canvas)
-    for row, (title, data) in enumerate(splits.items()):
-        draw.text((3, block * row + 2), title, "black", font)
-        for i, (image, label, name) in enumerate(shown[title]):
-            x, y = 3 + i % _COLUMNS * width, block * row + _LINE + i // _COLUMNS * height
+    for i, (title, block) in enumerate(blocks.items()):
+        top = i * (LINE + height * rows)
+        draw.text((3, top + 2), title, "black", font())
+        for j, (image, caption) in enumerate(block):
+            x, y = 3 + j % _COLUMNS * width, top + LINE + j // _COLUMNS * height
             canvas.paste(Image.fromarray(image).resize((side, side), Image.Resampling.BOX), (x, y))
-            caption = _fit(_caption(label, name, class_names(data.source)), font, side)
-            draw.text((x, y + side + 1), caption, "black", font)
-    canvas.save(path, compress_level=1)
+            draw.text((x, y + side + 1), fit(caption, side), "black", font())
+    return canvas
 
 
-def _caption(label: Label, name: str, classes: Sequence[str] | None) -> str:
+def _save(sheet: Image.Image, labels: Sequence[Label], source: Source, path: Path) -> None:
+    """Write a sheet whole or not at all, below it what the colours of its label maps mean."""
+    maps = [label for label in labels if _is_map(label)]
+    if maps:
+        named = overlays.names(maps, class_names(source))
+        legend = overlays.legend(named, _colours(source), sheet.width)
+        sheet = Image.fromarray(np.concatenate([np.asarray(sheet), legend]))
+    with paths.replacing(path) as partial:
+        sheet.save(partial, "PNG", compress_level=1)
+
+
+def _is_map(label: Label) -> TypeGuard[np.ndarray]:
+    return isinstance(label, np.ndarray) and label.ndim == 2 and label.dtype == np.uint8
+
+
+def _colours(source: Source) -> np.ndarray:
+    return overlays.palette(source.num_classes, getattr(source, "colours", None))
+
+
+def _with_label(image: np.ndarray, label: Label, colours: np.ndarray) -> np.ndarray:
+    """Return an image under its label map, which in evaluation has the size that its file has."""
+    if not _is_map(label):
+        return image
+    size = image.shape[1], image.shape[0]
+    fitted = Image.fromarray(overlays.inside(label)).resize(size, Image.Resampling.NEAREST)
+    return overlays.overlay(image, np.asarray(fitted), colours)
+
+
+def _caption(label: Label, name: str, source: Source) -> str:
     """Return an image's class, or its file's name where a label is none."""
+    classes = class_names(source)
     if not isinstance(label, int | np.integer):
         return Path(name).name
     if classes and 0 <= label < len(classes):
         return printable(classes[label])
     return str(label)
-
-
-def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Return a text, or so much of its beginning as is not wider than so many pixels."""
-    if font.getlength(text) <= width:
-        return text
-    text = text[:width]  # a letter takes a pixel
-    while font.getlength(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"
 
 
 def _figure(width: float, height: float) -> "Figure":

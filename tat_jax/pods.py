@@ -29,12 +29,13 @@ IMAGENET = (1_281_167, 50_000, 1_000)
 
 
 class Data(NamedTuple):
-    """How many images a training and an evaluation have, and of which classes."""
+    """How many images a training and an evaluation have, of which classes, and the largest of label maps."""
 
     train: int
     val: int
     num_classes: int
     classes: Sequence[str] | None
+    largest: tuple[int, int] | None = None
 
 
 def describe_pod(config: ConfigDict, pod: Pod) -> tuple[str, Pod]:
@@ -62,9 +63,12 @@ def find_data(config: ConfigDict) -> tuple[str, Data]:
     try:
         train, val = (open_source(config.data, split) for split in SPLITS)
     except FileNotFoundError as error:
-        found, note = Data(*IMAGENET, None), f"\nNOTE: ImageNet's numbers are assumed, for {error}"
+        side = config.data.image_size
+        found = Data(*IMAGENET, None, (side, side))
+        note = f"\nNOTE: ImageNet's numbers are assumed, for {error}"
     else:
-        found, note = Data(len(train), len(val), train.num_classes, class_names(train)), ""
+        largest = getattr(val, "largest", None)
+        found, note = Data(len(train), len(val), train.num_classes, class_names(train), largest), ""
     return (
         f"{count(found.train, 'image')} to train and {found.val:,} to validate, "
         f"{count(found.num_classes, 'class', 'classes')}{note}"
@@ -124,7 +128,7 @@ def build_training(
     return inspection.describe_training(config, built), built
 
 
-def compile_step(config: ConfigDict, built: Built, pod: Pod) -> tuple[str, Program]:
+def compile_step(config: ConfigDict, data: Data, built: Built, pod: Pod) -> tuple[str, Program]:
     """Compile the training step, and say what it takes.
 
     Raises:
@@ -132,7 +136,7 @@ def compile_step(config: ConfigDict, built: Built, pod: Pod) -> tuple[str, Progr
     """
     since = time.monotonic()
     try:
-        step = topology.compile_step(built, config, pod, images=config.batch_size)
+        step = topology.compile_step(built, config, pod, images=config.batch_size, source=data)
     except MemoryError as error:
         raise MemoryError(f"{error} Lower batch_size, set dtype=bfloat16 or take more chips") from error
     finding, images = _describe(step, pod, time.monotonic() - since), config.batch_size // pod.mesh.size
@@ -144,10 +148,10 @@ def compile_step(config: ConfigDict, built: Built, pod: Pod) -> tuple[str, Progr
     return finding, step
 
 
-def compile_evaluation(config: ConfigDict, built: Built, pod: Pod) -> tuple[str, Program]:
+def compile_evaluation(config: ConfigDict, data: Data, built: Built, pod: Pod) -> tuple[str, Program]:
     """Compile what an evaluation does with a batch likewise."""
     since = time.monotonic()
-    program = topology.compile_evaluation(built, config, pod, images=config.batch_size)
+    program = topology.compile_evaluation(built, config, pod, images=config.batch_size, source=data)
     return _describe(program, pod, time.monotonic() - since), program
 
 
@@ -217,7 +221,7 @@ def find_largest_batch(
         guess = (largest + fails) // 2 if fails <= most else min(_reaching(limit, fits), most)
         images = next((n for n in range(guess, finer, -1) if of_device(n)), finer)
         try:
-            program = topology.compile_step(built, config, pod, images=images * devices)
+            program = topology.compile_step(built, config, pod, images=images * devices, source=data)
         except MemoryError:
             fails = images
         else:

@@ -17,8 +17,10 @@ from ml_collections import ConfigDict
 
 from tat_jax import buckets
 from tat_jax.buckets import Place
-from tat_jax.fields import Field, Fields, defaults, find
+from tat_jax.fields import Field, Fields, defaults, find, renew
 from tat_jax.losses import kd_weights
+
+CHECK = "check.png"  # a picture by --mode check, beside which a folder counts as empty
 
 
 @contextmanager
@@ -169,8 +171,10 @@ def read_config(folder: Place, fields: Fields) -> ConfigDict | None:
         if of_study := said.pop("study", None):
             config.study = ConfigDict(of_study)  # which sorts what it holds
             config.study.students = ConfigDict(of_study["students"], sort_keys=False)
+        said = said if "losses" in said else _with_losses(said)
+        renew(fields, said)
         with config.ignore_type():  # None stands for values of any type
-            config.update(said if "losses" in said else _with_losses(said))
+            config.update(said)
     except (ValueError, AttributeError, KeyError, TypeError):
         raise ValueError(
             f"{path} is damaged; remove it, and the run continues with the config at hand"

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP, which end a training in order."""
+"""SIGINT, SIGTERM and SIGHUP, which end a training, or predictions, in order."""
 
 import contextlib
 import os
@@ -10,14 +10,14 @@ _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(Exception):
-    """Training was asked to stop, and what it had done is saved.
+    """Work was asked to stop, and what it had done is saved, or nothing of it is left.
 
     Attributes:
         signal: what asked, as in `signal.SIGTERM`.
     """
 
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
+    def __init__(self, message: str, number: int, *, then: str = "continues from there"):
+        super().__init__(f"{message}; the same command {then}")
         self.signal = number
 
 

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from tat_jax import buckets, evaluate, experiment, pictures, run_folder, train
 from tat_jax.buckets import Bucket, Place
 from tat_jax.build import all_terms, read_teacher
-from tat_jax.fields import Field, Fields, Rule, whole, wrong
-from tat_jax.metrics import read_rows
+from tat_jax.fields import Field, Fields, Rule, renew, whole, wrong
+from tat_jax.metrics import last_and_best, read_rows
 from tat_jax.tasks import TASKS
 from tat_jax.tasks.task import Task
 
@@ -94,7 +94,8 @@ def run(config: ConfigDict, folder: str | Place) -> str:
     table = _table(task, of_teacher, rows)
     if jax.process_index() == 0:
         (folder / "table.txt").write_text(f"{table}\n")
-        pictures.plot_study(rows, of_teacher, folder / "curves.png", task)
+        best = None if of_teacher is None else of_teacher[f"eval/{task.best}"]
+        pictures.plot_study(rows, best, folder / "curves.png", task)
     return f"\n{table}\n"
 
 
@@ -171,6 +172,7 @@ def _variant(config: ConfigDict, changes: ConfigDict) -> ConfigDict:
         del changed.study
         try:
             changed.update(changes.to_dict())
+            renew(experiment.FIELDS, changed)
         except AttributeError as error:  # of what is no mapping
             raise ValueError(f"of {changes.to_dict()}, a value stands where a config has fields") from error
     return changed
@@ -202,15 +204,16 @@ def _measure_teacher(
     students: Mapping[str, Sequence[ConfigDict]],
     folder: Path,
     task: Task,
-) -> float | None:
-    """Return the best measure of the teacher, trained here or before; None where there is none to compare."""
+) -> Mapping[str, Any] | None:
+    """Return a row of the teacher, trained here or before, at its best; None where none is to be compared."""
     if teacher:
         with _named(_TEACHER):
-            return train.run(teacher, folder / _TEACHER)["best"][f"eval/{task.best}"]
+            return train.run(teacher, folder / _TEACHER)["best"]
     if not any(read_teacher(all_terms(of_seeds[0])) for of_seeds in students.values()):
         return None
     try:
-        return evaluate.run(config_of_training(config), folder, config.teacher.weights).measures[task.best]
+        measures = evaluate.run(config_of_training(config), folder, config.teacher.weights).measures
+        return {f"eval/{name}": value for name, value in measures.items()}
     except (
         FileNotFoundError,
         ValueError,
@@ -223,15 +226,37 @@ def config_of_training(config: ConfigDict) -> ConfigDict:
     return _variant(config, ConfigDict())
 
 
-def _table(task: Task, teacher: float | None, students: Mapping[str, Sequence[Sequence[Mapping]]]) -> str:
-    measure, title = f"eval/{task.best}", task.titles[task.best]
-    width = max(map(len, (_TEACHER, *students))) + 2
-    lines = [f"{'':{width}}validation {title}, % (mean ± standard deviation)"]
+def _table(
+    task: Task,
+    teacher: Mapping[str, Any] | None,
+    students: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
+) -> str:
+    """Return a line for the teacher and each variant; of those the seeds, too, in the first column."""
+    columns = task.columns or ((task.best, "last"),)
+    names = max(map(len, (_TEACHER, *students))) + 2
+    what = "% (mean ± standard deviation)"
+    if len(columns) == 1:
+        heads, lines = [""], [f"{'':{names}}validation {task.titles[columns[0][0]]}, {what}"]
+    else:
+        heads = [f"{task.titles[measure]}, {which}" for measure, which in columns]
+        lines = [f"{'':{names}}validation, {what}"]
+    width = max(16, *map(len, heads)) + 2 if heads[1:] else 0
+    if heads[1:]:
+        cells = (f"{head:{width}}" for head in heads)
+        lines.append(f"{'':{names}}{''.join(cells)}({heads[0]} of each seed)")
     if teacher is not None:
-        lines.append(f"{_TEACHER:{width}}{100 * teacher:6.2f}")
+        cells = (f"{_percent([teacher[f'eval/{measure}']]):{width}}" for measure, _ in columns)
+        lines.append(f"{_TEACHER:{names}}{''.join(cells)}".rstrip())
     for name, seeds in students.items():
-        values = [[row[measure] for row in rows if measure in row][-1] for rows in seeds]
-        deviation = f" ± {100 * np.std(values, ddof=1):4.2f}" if len(values) > 1 else ""
-        of_seeds = ", ".join(f"{100 * value:.2f}" for value in values)
-        lines.append(f"{name:{width}}{100 * np.mean(values):6.2f}{deviation}   ({of_seeds})")
+        ends = [last_and_best(rows, f"eval/{task.best}") for rows in seeds]
+        of_columns = [[end[which][f"eval/{measure}"] for end in ends] for measure, which in columns]
+        cells = (f"{_percent(values):{width}}" for values in of_columns)
+        of_seeds = ", ".join(f"{100 * value:.2f}" for value in of_columns[0])
+        lines.append(f"{name:{names}}{''.join(cells)}{'' if heads[1:] else '   '}({of_seeds})")
     return "\n".join(lines)
+
+
+def _percent(values: Sequence[float]) -> str:
+    """Return the mean of fractions and, of several, the standard deviation, in percent."""
+    deviation = f" ± {100 * np.std(values, ddof=1):4.2f}" if len(values) > 1 else ""
+    return f"{100 * np.mean(values):6.2f}{deviation}"

@@ -1,4 +1,7 @@
-"""What a training is made of, in the lines that it begins with."""
+"""A training in lines: what it is made of, where it begins, and what came of it, where it ends."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -8,6 +11,7 @@ from tat_jax.build import Built
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.source import notes
 from tat_jax.quantities import count
+from tat_jax.tasks import TASKS
 
 
 def summarize(config: ConfigDict, built: Built, data: Pipeline, eval_data: Pipeline, mesh: Mesh) -> list[str]:
@@ -48,3 +52,16 @@ def left_over(config: ConfigDict, steps_per_epoch: int) -> list[str]:
         f"the last {batches % each:,} of {batches:,} batches train nothing, as they are fewer than the "
         f"optimizer.accumulate={each} of an update"
     ]
+
+
+def report(config: ConfigDict, evaluations: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a line for each of the evaluations that `train.run` returns, and the table of the task's."""
+    task, lines = TASKS[config.task](), []
+    measures = {
+        which: {name.removeprefix("eval/"): row[name] for name in row if name.startswith("eval/")}
+        for which, row in evaluations.items()
+    }
+    for which, row in evaluations.items():
+        lines.append(f"{which:4}  epoch {row['epoch']:3}  {task.describe(measures[which])}")
+    table = task.table(measures)
+    return "\n".join([*lines, *([table] if table else [])])

@@ -114,7 +114,13 @@ def _promises(device: jax.Device) -> Device:
 
 
 def compile_step(
-    built: Built, config: ConfigDict, pod: Pod, *, images: int, options: Mapping[str, Any] = QUICK
+    built: Built,
+    config: ConfigDict,
+    pod: Pod,
+    *,
+    images: int,
+    source: Any = None,
+    options: Mapping[str, Any] = QUICK,
 ) -> Program:
     """Compile the training step on a batch of so many images.
 
@@ -123,6 +129,7 @@ def compile_step(
         config: its config.
         pod: for which.
         images: of the batch, over all devices.
+        source: has what the shape of labels depends on, as `largest` of label maps.
         options: of the compiler.
 
     Raises:
@@ -131,19 +138,24 @@ def compile_step(
     whole = sharding.replicated(pod.mesh)
     state, teacher = (_abstract(arrays, whole) for arrays in (built.state, built.teacher))
     step = jit_train_step(built.recipe, pod.mesh)
-    return _compile(step.lower(state, teacher, _batch(config, pod, images)), pod, options)
+    batch = _batch(config, pod, images, source, train=True)
+    return _compile(step.lower(state, teacher, batch), pod, options)
 
 
-def compile_evaluation(built: Built, config: ConfigDict, pod: Pod, *, images: int) -> Program:
+def compile_evaluation(
+    built: Built, config: ConfigDict, pod: Pod, *, images: int, source: Any = None
+) -> Program:
     """Compile likewise what an evaluation of the student counts of a batch."""
     graph, state = nnx.split(built.student.view)
     state = _abstract(state, sharding.replicated(pod.mesh))
     count = jit_eval_step(pod.mesh)
-    return _compile(count.lower(graph, built.recipe.task, state, _batch(config, pod, images)), pod, QUICK)
+    batch = _batch(config, pod, images, source, train=False)
+    return _compile(count.lower(graph, built.recipe.task, state, batch), pod, QUICK)
 
 
-def _batch(config: ConfigDict, pod: Pod, images: int) -> Any:
-    side, label = config.data.image_size, TASKS[config.task]().blank_label(config.data)
+def _batch(config: ConfigDict, pod: Pod, images: int, source: Any, *, train: bool) -> Any:
+    side, task = config.data.image_size, TASKS[config.task]()
+    label = task.blank_label(config.data, source, train=train)
     split = sharding.batched(pod.mesh)
 
     def rows(shape: Sequence[int], dtype: Any) -> Any:

@@ -20,14 +20,15 @@ from tat_jax.data.pipeline import Pipeline, check_same, open_pipeline
 from tat_jax.data.source import class_names, some
 from tat_jax.distill import Recipe, TrainState
 from tat_jax.evaluate import Evaluation, Stopped, evaluate
+from tat_jax.gallery import Gallery
 from tat_jax.losses import Own
-from tat_jax.metrics import MetricWriter, Row, StepLog, is_evaluation, progress, read_rows
+from tat_jax.metrics import MetricWriter, Row, StepLog, is_evaluation, last_and_best, progress, read_rows
 from tat_jax.networks import OwnNetwork
 from tat_jax.position import Position
 from tat_jax.signals import Interrupted, StopSignals
 from tat_jax.step import jit_train_step
+from tat_jax.summary import report as report
 from tat_jax.summary import summarize
-from tat_jax.tasks import TASKS
 from tat_jax.usage import as_json, usage_of
 
 
@@ -89,15 +90,6 @@ def run(
         return training.finish()
 
 
-def report(config: ConfigDict, evaluations: dict[str, Row]) -> str:
-    """Return a line for each of the evaluations that `run` returns."""
-    task = TASKS[config.task]()
-    return "\n".join(
-        f"{which:4}  epoch {row['epoch']:3}  {task.describe({n: row[f'eval/{n}'] for n in task.titles})}"
-        for which, row in evaluations.items()
-    )
-
-
 class _Training:
     """A run at work, and all that it holds open."""
 
@@ -117,7 +109,7 @@ class _Training:
         self._agreement = sharding.Agreement(mesh)
         source = data.source
         self._provenance = provenance.provenance_of(class_names(source), built.teacher, len(eval_data.source))
-        self._usage = usage_of(config, built.student, source.num_classes, class_names(source))
+        self._usage = usage_of(config, built.student, source)
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "_Training":
@@ -139,6 +131,7 @@ class _Training:
                 (folder / "usage.json").write_bytes(as_json(self._usage))
                 print(self._summary(restored, of_config + of_parts), flush=True)
                 pictures.draw_images(self._data, self._eval_data, folder / "images.png")
+                self._gallery = Gallery(folder, self._eval_data, self._built.recipe, self._built.teacher)
             writes = self._show or not work.is_shared
             self._bar = opened.enter_context(
                 progress(
@@ -271,6 +264,7 @@ class _Training:
             self._bar.write(f"{self._place.name}: epoch {epoch}/{self._config.epochs}  {evaluation}")
             if skipped:
                 self._bar.write(f"  {skipped} unreadable training images skipped")
+            self._gallery.draw(evaluation, *_view(self._built.recipe, self._state))
         self._save(evaluation.measures)
 
     def finish(self) -> dict[str, Row]:
@@ -281,9 +275,7 @@ class _Training:
             pictures.plot_run(rows, self._folder / "curves.png", terms, task)
         if self._config.keep == "networks":
             self._checkpoints.drop_training()
-        name = f"eval/{task.best}"
-        evaluated = [row for row in rows if name in row]
-        return {"last": evaluated[-1], "best": max(evaluated, key=lambda row: (row[name], row["step"]))}
+        return last_and_best(rows, f"eval/{task.best}")
 
     def _wishes(self) -> list[int]:
         """Return the signal that any process received, and whether any finds a checkpoint overdue."""

@@ -4,9 +4,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from tat_jax.data.image_folder import imagenet_classes
+from tat_jax.data.source import Source, class_colours, class_names
 from tat_jax.networks import Network
 from tat_jax.networks.view import MEAN, STD
 from tat_jax.tasks import TASKS
@@ -14,19 +16,19 @@ from tat_jax.tasks import TASKS
 Usage = dict[str, Any]
 
 
-def usage_of(config: ConfigDict, network: Network, num_classes: int, classes: Sequence[str] | None) -> Usage:
+def usage_of(config: ConfigDict, network: Network, source: Source) -> Usage:
     """Return, as JSON has it, what whoever calls a network needs to know.
 
     Args:
         config: of its training, whose evaluation prepares images as the network wants them.
         network: has the mean and the standard deviation of its images.
-        num_classes: of the data.
-        classes: their names by label; None where the data has none.
+        source: what it is trained on: how many classes, and what of their names and colours is known.
     """
-    task = TASKS[config.task]()
+    task, classes, colours = TASKS[config.task](), class_names(source), class_colours(source)
     return {
-        "num_classes": num_classes,
+        "num_classes": source.num_classes,
         "classes": None if classes is None else list(classes),
+        **({} if colours is None else {"colours": np.asarray(colours).tolist()}),
         "image": task.sizes(config.data),
         "mean": list(network.view.mean),
         "std": list(network.view.std),

@@ -10,13 +10,16 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
-from tat_jax import check, items, networks, quantities, train, trial
+from tat_jax import check, inspection, items, networks, quantities, train, trial
+from tat_jax.buckets import Bucket
 from tat_jax.configs import base
 from tat_jax.data import sample
-from tat_jax.data.pipeline import Pipeline
+from tat_jax.data.pipeline import Pipeline, open_pipeline
 from tat_jax.data.sample import Sample
 from tat_jax.data.sources import Digits
 from tat_jax.metrics import read_rows
@@ -28,7 +31,7 @@ from tests.interpreter import children
 from tests.tiny import Tiny
 
 MAIN = Path(__file__).parents[1] / "main.py"
-ITEMS = ["config", "folder", "devices", "training data", "training sample"]
+ITEMS = ["config", "folder", "devices", "training data", "training sample", "picture"]
 ITEMS += [
     "validation data",
     "validation sample",
@@ -66,9 +69,9 @@ def find(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def find(config, **own):
-        before = sorted(tmp_path.rglob("*"))
+        before, picture = set(tmp_path.rglob("*")), tmp_path / "run" / "check.png"
         hold = check.run(config, tmp_path / "run", **({"student": tiny(4), "teacher": tiny(8)} | own))
-        assert sorted(tmp_path.rglob("*")) == before
+        assert set(tmp_path.rglob("*")) - before <= {picture, picture.parent}
         return hold, findings(capsys.readouterr().out)
 
     return find
@@ -192,6 +195,34 @@ def test_an_unreadable_image_is_named_by_its_path(find, folder):
     assert [line.split(":")[0] for line in lines[1:]] == [f"{config.data.root}/val/{i}/0.jpg" for i in (7, 8)]
     assert found["teacher's top-1"] == "left out: needs validation sample"
     assert found["taps"].startswith("tat_layer2: student")
+
+
+def test_the_first_training_crops_are_drawn_with_their_classes_as_the_training_has_them(find, tmp_path):
+    _, found = find(config_of())
+    path = tmp_path / "run" / "check.png"
+    assert found["picture"] == f"the first training crops with their labels: {path}"
+    with Image.open(path) as opened:
+        drawn = np.asarray(opened)
+    assert drawn.shape == (18 + 96 + 18, 8 * (96 + 6), 3)
+    for i, (image, _, _) in enumerate(open_pipeline(config_of(), "train").look(8)):
+        crop = drawn[18 : 18 + 96, 3 + i * (96 + 6) :][:, :96]
+        np.testing.assert_array_equal(crop[::6, ::6], image)
+        assert (drawn[18 + 96 :, i * (96 + 6) :][:, : 96 + 6] < 128).any()  # its class
+
+
+def test_a_picture_that_cannot_be_written_is_no_failure(find, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    hold, found = find(config_of())
+    assert hold
+    assert found["picture"].startswith("not drawn: No space left on device")
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_run_in_a_bucket_is_checked_without_a_picture(emulator):
+    text, _ = inspection.draw_crops(open_pipeline(config_of(), "train"), None, Bucket("s3://bucket/runs/a"))
+    assert text == "not drawn: s3://bucket/runs/a is in a bucket"
 
 
 def test_what_is_passed_over_is_counted_and_named(folder):
@@ -490,7 +521,9 @@ def test_a_folder_says_what_would_continue_and_one_of_another_run_fails(tmp_path
         ("r18_r34.py", 1, "4 FAILED: training data, validation data, student, teacher"),
     ],
 )
-def test_the_exit_code_says_whether_all_holds_and_no_folder_is_made(tmp_path, config, code, last):
+def test_the_exit_code_says_whether_all_holds_and_a_picture_is_all_that_is_written(
+    tmp_path, config, code, last
+):
     arguments = ["--mode=check", f"--config={MAIN.parent}/configs/{config}", "--workdir=run"]
     process = subprocess.run(
         [sys.executable, MAIN, *arguments],
@@ -505,4 +538,4 @@ def test_the_exit_code_says_whether_all_holds_and_no_folder_is_made(tmp_path, co
     found = findings(process.stdout)
     assert list(found) == ITEMS
     assert found["check"] == last
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.rglob("*.*")) == ([] if code else [tmp_path / "run" / "check.png"])

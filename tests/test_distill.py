@@ -91,8 +91,8 @@ def test_steps_on_one_batch_lower_the_loss():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"embedding_kernel": 1, "trainable_key": True}, {"per_teacher_position": True}],
-    ids=["published", "trainable key", "per teacher position"],
+    [{}, {"embedding_kernel": 1, "trainable_key": True}, {"asks": "teacher"}],
+    ids=["published", "trainable key", "teacher asks"],
 )
 def test_the_gradient_to_the_teacher_is_exactly_zero(options):
     recipe, state, teacher = make({"kd": 0.5, "tat_layer2": 0.1}, **options)

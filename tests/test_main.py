@@ -89,7 +89,7 @@ def write_run(folder, **changes):
         (["--mode=check", "--topology=v5e:8x8", "--price=-1"], "price"),
         (["--learning_rate=1"], "did you mean --config.optimizer.learning_rate?"),
         (["--batch_sise=1"], "did you mean --config.batch_size?"),
-        (["--mode=evl"], "value should be one of <train|eval|check>"),
+        (["--mode=evl"], "value should be one of <train|eval|check|predict>"),
         (["eval"], "unknown argument 'eval'; flags begin with --"),
         (["--", "--mode=eval"], "unknown argument '--mode=eval'"),
         (["--workdir="], "--workdir is empty"),
@@ -110,6 +110,25 @@ def write_run(folder, **changes):
         ),
         (["--mode=eval", "--workdir=runs/none"], "no run in runs/none: name one with --workdir"),
         (["--mode=eval", "--checkpoint=folder"], "no run in folder: name one with --workdir"),
+        (["--mode=predict", "--out=out"], "--mode predict needs --images, the folder of the images"),
+        (
+            ["--mode=predict", "--images=folder"],
+            "--mode predict needs --out, the folder where predictions go",
+        ),
+        (["--mode=predict", "--images=none", "--out=out"], "--images=none: there is no such folder"),
+        (["--mode=predict", "--images=file", "--out=out"], "--images=file: there is no such folder"),
+        (["--mode=predict", "--images=gs://a/b", "--out=out"], "gs://a/b is not on a disk of this machine"),
+        (["--mode=predict", "--images=folder", "--out=file"], "--out=file is a file, and must be the folder"),
+        (
+            ["--mode=predict", "--images=folder", "--out=out"],
+            "no run in runs/digits: name one with --workdir",
+        ),
+        (
+            ["--mode=predict", "--images=folder", "--out=out", "--teacher=mine.py:build"],
+            "--teacher is for a training; --mode predict takes one network, --student",
+        ),
+        (["--images=folder"], "--images is for --mode predict"),
+        (["--mode=eval", "--out=out"], "--out is for --mode predict"),
         (["--flagfile=nothing"], "nothing"),
     ],
 )
@@ -260,6 +279,9 @@ def test_without_a_config_and_a_run_it_is_the_demonstration_and_said(here):
 def test_the_demonstration_goes_into_no_folder_of_something_else(here):
     (here / "photographs" / "cat").mkdir(parents=True)
     assert refusal("--workdir=photographs").startswith("photographs holds no run, but cat: name the config")
+    (here / "checked").mkdir()
+    (here / "checked" / "check.png").touch()  # as --mode check leaves it
+    assert read("--workdir=checked").origin.startswith("without --config: the demonstration")
 
 
 @pytest.mark.parametrize("given", [["--config", "r18_r34"], ["--config=r18_r34"], ["-config=r18_r34"]])

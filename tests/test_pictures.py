@@ -1,5 +1,7 @@
 """The picture of what networks see: made of the pipeline's own images, whatever their classes are called."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -32,7 +34,8 @@ def test_images_to_train_and_to_validate_lie_in_two_rows_each_as_networks_see_th
 
 
 def test_a_class_that_has_no_name_is_shown_by_its_number_and_a_map_by_its_file():
-    assert _caption(3, "a/b.jpg", None) == "3"
-    assert _caption(3, "a/b.jpg", ["ant"]) == "3"
-    assert _caption(0, "a/b.jpg", ["ant"]) == "ant"
-    assert _caption(np.zeros((2, 2), np.uint8), "a/b.jpg", ["ant"]) == "b.jpg"
+    nameless, ants = SimpleNamespace(), SimpleNamespace(classes=["ant"])
+    assert _caption(3, "a/b.jpg", nameless) == "3"
+    assert _caption(3, "a/b.jpg", ants) == "3"
+    assert _caption(0, "a/b.jpg", ants) == "ant"
+    assert _caption(np.zeros((2, 2), np.uint8), "a/b.jpg", ants) == "b.jpg"

@@ -45,7 +45,7 @@ class Pixels(Task):
 
     titles: ClassVar = {"right": "pixels"}
 
-    def blank_label(self, data):
+    def blank_label(self, data, source, *, train):
         return np.full((data.image_size, data.image_size), IGNORED, np.uint8)
 
     def transform(self, image, label, rng, data):
@@ -58,7 +58,7 @@ class Pixels(Task):
         confusion = jnp.einsum("b h w t, b h w p -> t p", truth, prediction)
         return {"count": batch.where.sum(), "confusion": confusion}
 
-    def measures(self, counts):
+    def measures(self, counts, classes):
         confusion = counts["confusion"]
         cells = {f"{t} as {p}": float(n) for (t, p), n in np.ndenumerate(confusion)}
         return {"right": np.trace(confusion) / confusion.sum(), **cells}
@@ -70,7 +70,7 @@ class Brightness(Task):
 
     titles: ClassVar = {"brightness": "brightness"}
 
-    def blank_label(self, data):
+    def blank_label(self, data, source, *, train):
         return None
 
     def transform(self, image, label, rng, data):
@@ -80,7 +80,7 @@ class Brightness(Task):
         pixels = batch.image.astype(jnp.int32).sum((1, 2, 3))
         return {"count": batch.where.sum(), "pixels": jnp.sum(pixels, where=batch.where)}
 
-    def measures(self, counts):
+    def measures(self, counts, classes):
         return {"brightness": int(counts["pixels"]) / int(counts["count"]) / (SIDE * SIDE * 3 * 255)}
 
 
@@ -191,7 +191,7 @@ def numpy_measures(kind, images) -> dict[str, float]:
                 if cell[0] != IGNORED:
                     found["confusion"][cell] += 1
         totals = {name: totals.get(name, 0) + value for name, value in found.items()}
-    return task.measures({name: np.asarray(n) for name, n in (totals | {"count": len(images)}).items()})
+    return task.measures({name: np.asarray(n) for name, n in (totals | {"count": len(images)}).items()}, None)
 
 
 def assert_same(got, expected):
@@ -225,7 +225,7 @@ class TestClassification:
 
     def test_measures_are_fractions_of_the_images_and_a_line_says_them_in_percent(self):
         counts = {"count": np.array(797), "top1": np.array(663), "top5": np.array(774)}
-        measures = Classification().measures(counts)
+        measures = Classification().measures(counts, None)
         assert measures == {"top1": 663 / 797, "top5": 774 / 797}
         assert Classification().describe(measures) == "top-1 83.19%  top-5 97.11%"
         evaluation = Evaluation(Classification(), measures, images=797, skipped=0)
@@ -352,7 +352,7 @@ class TestEvaluate:
             def count(self, outputs, batch):
                 return {"count": batch.where.sum(), "pixels": jnp.full((), 2**31 - 1)}
 
-            def measures(self, counts):
+            def measures(self, counts, classes):
                 return {"brightness": int(counts["pixels"])}
 
         network = First()

@@ -292,10 +292,16 @@ def test_memory_of_segmentation_sized_maps_grows_linearly_with_positions():
 
 def test_shapes_and_heads_that_do_not_fit_are_named(unchecked):
     query, key, value = maps(2, 3, 4, 8)
-    with pytest.raises(ValueError, match=r"query and key .*\(2, 3, 4, 8\) and \(2, 3, 3, 8\)"):
+    with pytest.raises(ValueError, match=r"key and value .*\(2, 3, 3, 8\) and \(2, 3, 4, 8\)"):
         target_aware_attention(query, key[:, :, 1:], value)
-    with pytest.raises(ValueError, match=r"query and value .*\(2, 3, 4, 8\) and \(2, 3, 4, 6\)"):
-        target_aware_attention(query, key, value[..., 2:])
+    with pytest.raises(ValueError, match=r"query and key .* channels: \(2, 3, 4, 6\) and \(2, 3, 4, 8\)"):
+        target_aware_attention(query[..., 2:], key, value)
+    with pytest.raises(ValueError, match=r"value and target .* channels: \(2, 3, 4, 6\) and \(2, 3, 4, 8\)"):
+        tat_loss(query, key, value[..., 2:], key)
+    with pytest.raises(ValueError, match=r"query and key .* images: \(1, 3, 4, 8\) and \(2, 3, 4, 8\)"):
+        target_aware_attention(query[:1], key, value)
+    with pytest.raises(ValueError, match="key is no map"):
+        target_aware_attention(query, key[0], value)
     with pytest.raises(ValueError, match=r"query and target .*\(2, 3, 4, 8\) and \(1, 3, 4, 8\)"):
         tat_loss(query, key, value, key[:1])
     with pytest.raises(ValueError, match=r"heads=3 does not divide channels=8"):
@@ -352,10 +358,10 @@ def test_without_embeddings_the_maps_themselves_attend():
     np.testing.assert_allclose(compare(module, student, teacher), expected, rtol=1e-6)
 
 
-def test_per_teacher_position_is_the_formula_of_the_papers_text(x64):
+def test_the_teacher_asking_is_the_formula_of_the_papers_text(x64):
     student, teacher = maps(1, 2, 3, 4, count=2, dtype=np.float64)
     module = TargetAwareTransformer(
-        4, 4, embedding_kernel=0, per_teacher_position=True, dtype=jnp.float64, rngs=nnx.Rngs(0)
+        4, 4, embedding_kernel=0, asks="teacher", dtype=jnp.float64, rngs=nnx.Rngs(0)
     )
     of_student, of_teacher = (np.asarray(x).reshape(6, 4) for x in (student, teacher))
     error = 0.0

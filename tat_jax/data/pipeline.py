@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Generator, Iterator
 from itertools import islice
+from typing import Protocol
 
 import grain
 import jax
@@ -13,14 +14,13 @@ from ml_collections import ConfigDict
 
 from tat_jax import sharding
 from tat_jax.batch import Batch
-from tat_jax.data.rows import MEMORY, Rows, random
+from tat_jax.data.rows import MEMORY, Rows, Transform, random
 from tat_jax.data.shared import Layout
 from tat_jax.data.source import Label, Source, class_names, spread
 from tat_jax.data.sources import open_source
 from tat_jax.data.transforms import DecodeError
 from tat_jax.data.workers import AHEAD, HELD, INTERPRETER, Workers
 from tat_jax.tasks import TASKS
-from tat_jax.tasks.task import Task
 
 # Rows that one thread makes at a time. Less than a batch, so that all threads work on the first batch of an
 # epoch and on the last; enough that handing them over costs nothing.
@@ -29,6 +29,17 @@ _ROWS = 32
 _FEW = 10_000
 # A process of Python keeps two cores busy; sixteen feed an H200 with ResNet-18 and 34.
 _CORES_A_PROCESS, _PROCESSES_A_DEVICE = 2, 8
+
+
+class Preparation(Protocol):
+    """What is asked of a task to read for it: `check`, `blank_label` and `transform` of a `Task`."""
+
+    @property
+    def transform(self) -> Transform: ...
+
+    def check(self, data: ConfigDict) -> None: ...
+
+    def blank_label(self, data: ConfigDict, source: Source, *, train: bool) -> np.ndarray | None: ...
 
 
 class Pipeline:
@@ -62,7 +73,7 @@ class Pipeline:
     def __init__(
         self,
         source: Source,
-        task: Task,
+        task: Preparation,
         data: ConfigDict,
         *,
         batch_size: int,
@@ -80,7 +91,7 @@ class Pipeline:
         self.steps_per_epoch = -(-len(source) // batch_size)
         self.skipped: dict[int, str] = {}
         self._data = data
-        self._blank_label = task.blank_label(data)
+        self._blank_label = task.blank_label(data, source, train=train)
         self._rows = Rows(source, task.transform, data, self._blank_label, train=train, seed=seed)
         self._batch_size = batch_size
         self._local_size = batch_size // process_count
@@ -236,13 +247,25 @@ def open_pipeline(config: ConfigDict, split: str, *, batch_size: int | None = No
         FileNotFoundError: the images are not there.
         ValueError: the config does not fit them or itself.
     """
-    source = open_source(config.data, split)
+    source, task = open_source(config.data, split), TASKS[config.task]()
+    batch_size = batch_size or config.batch_size
+    return pipeline_of(config, source, task, batch_size=batch_size, train=split == "train")
+
+
+def pipeline_of(
+    config: ConfigDict, source: Source, task: Preparation, *, batch_size: int, train: bool
+) -> Pipeline:
+    """Return a pipeline of a source for this process, read as a config says.
+
+    Raises:
+        ValueError: the config does not fit.
+    """
     return Pipeline(
         source,
-        TASKS[config.task](),
+        task,
         config.data,
-        batch_size=batch_size or config.batch_size,
-        train=split == "train",
+        batch_size=batch_size,
+        train=train,
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),

@@ -45,10 +45,7 @@ class Rows:
         self.source = source
         self._transform = transform
         self._data = data
-        self._decoding: dict[str, Any] = {
-            "grey_range": data.grey_range and tuple(data.grey_range),
-            "exif_orientation": data.exif_orientation,
-        }
+        self._decoding = decoding(data)
         self._blank_label = blank_label
         self._train = train
         self._seed = seed
@@ -127,6 +124,14 @@ class Rows:
         except ValueError as error:
             raise ValueError(f"{example.name}: {error}") from error
         return image, label
+
+
+def decoding(data: ConfigDict) -> dict[str, Any]:
+    """Return how a config's `data` has images decoded, as options of `decode`."""
+    return {
+        "grey_range": data.grey_range and tuple(data.grey_range),
+        "exif_orientation": data.exif_orientation,
+    }
 
 
 def random(seed: int, epoch: int, stream: int) -> np.random.Generator:

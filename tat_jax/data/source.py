@@ -24,8 +24,9 @@ class Example(NamedTuple):
 class Source(Protocol):
     """The images of one split, read by index from any thread.
 
-    It may have `classes`, the names of its classes by their labels, and `notes`, lines that whoever trains on
-    it should have read; see `class_names` and `notes`.
+    It may have `classes` and `colours`, those of its classes by their labels, and `notes`, lines that whoever
+    trains on it should have read; see `class_names`, `class_colours` and `notes`. One of label maps has
+    `largest`, see `largest_image`.
     """
 
     num_classes: int
@@ -46,6 +47,26 @@ class NamedSource(Source, Protocol):
 def class_names(source: Source) -> list[str] | None:
     """Return the names of a source's classes by their labels; None where it does not know them."""
     return getattr(source, "classes", None)
+
+
+def class_colours(source: Source) -> UInt8[np.ndarray, "classes 3"] | None:
+    """Return the colours of a source's classes by their labels; None where it has none of its own."""
+    return getattr(source, "colours", None)
+
+
+def largest_image(source: Source) -> tuple[int, int]:
+    """Return the largest height and the largest width of the images of a source of label maps.
+
+    Raises:
+        ValueError: its labels are no maps.
+    """
+    largest: tuple[int, int] | None = getattr(source, "largest", None)
+    if largest is None:
+        raise ValueError(
+            "the labels of this data.source are no maps, and task=segmentation takes a class for each pixel: "
+            "take a data.source of label maps, or task=classification"
+        )
+    return largest
 
 
 def notes(source: Source) -> list[str]:

@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 
 from tat_jax.batch import Batch
 from tat_jax.fields import Field, Fields, Rule
-from tat_jax.losses.labels import cross_entropy
+from tat_jax.losses.labels import cross_entropy, pixel_cross_entropy
 from tat_jax.losses.logits import kd_loss, kd_weights, kl_divergence
 from tat_jax.losses.loss import FunctionLoss, Loss, Value
+from tat_jax.losses.patches import anchor_loss, patch_group_loss
 from tat_jax.losses.tat import target_aware_attention, tat_loss
 from tat_jax.networks.view import Outputs
 from tat_jax.schedules import WEIGHT, is_zero
@@ -27,11 +28,14 @@ __all__ = [
     "Loss",
     "Outputs",
     "Term",
+    "anchor_loss",
     "cross_entropy",
     "kd_loss",
     "kd_weights",
     "kl_divergence",
     "own_terms",
+    "patch_group_loss",
+    "pixel_cross_entropy",
     "target_aware_attention",
     "tat_loss",
     "terms_of",

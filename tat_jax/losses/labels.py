@@ -1,16 +1,21 @@
-"""The loss against labels.
+"""The losses against labels: of images, and of the pixels of images.
 
-Logits are `[batch, classes]`, labels `[batch]`; computed in float32 at least.
+Computed in float32 at least.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import reduce
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from tat_jax.batch import Batch, Where
+from tat_jax.data.label_maps import IGNORED, OUTSIDE
+from tat_jax.fields import YES_OR_NO, Field
 from tat_jax.losses.loss import Loss, labels_of, logits_of
 from tat_jax.networks.layers import at_least_float32
 from tat_jax.networks.view import Outputs
@@ -37,9 +42,54 @@ def cross_entropies(
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
             f"logits [batch, classes] and labels [batch] do not match: {logits.shape} and {labels.shape}"
+            + "; the loss of maps is pixel_cross_entropy" * (logits.ndim == 4)
         )
     log_p = nnx.log_softmax(jnp.asarray(logits).astype(at_least_float32(logits.dtype)))
     return -jnp.take_along_axis(log_p, jnp.asarray(labels)[:, None], axis=1)[:, 0]
+
+
+def pixel_cross_entropy(
+    logits: Float[Array | np.ndarray, "batch height width classes"],
+    labels: Integer[Array | np.ndarray, "batch height width"],
+    *,
+    divide_by_batch: bool = True,
+    where: Where | None = None,
+) -> Float[Array, ""]:
+    """Return the mean of −log softmax(logits)[label] over the batch's labelled pixels, in nats.
+
+    As the published segmentation code has it, the mean is divided by the number of images once more. Pixels
+    whose label is 255 (`IGNORED`) or 254 (`OUTSIDE`) do not count; without any other, the loss is 0.
+
+    Args:
+        logits: of each pixel.
+        labels: its class.
+        divide_by_batch: False leaves the mean as it is.
+        where: the images that count.
+
+    Raises:
+        ValueError: logits and labels are not of the same images and size.
+    """
+    if logits.ndim != 4 or labels.shape != logits.shape[:3]:
+        raise ValueError(
+            "logits [batch, height, width, classes] and labels [batch, height, width] do not match: "
+            f"{logits.shape} and {labels.shape}"
+        )
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    exact = at_least_float32(logits.dtype)
+    counts = (labels != IGNORED) & (labels != OUTSIDE)
+    images: Array | int = len(logits)
+    if where is not None:
+        counts &= jnp.asarray(where)[:, None, None]
+        images = jnp.maximum(jnp.sum(where), 1).astype(exact)
+    # A comparison that XLA computes where it is summed: no one-hot labels, and no scatter for the gradient.
+    classes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 3)
+    is_label = classes == labels[..., None].astype(jnp.int32)
+    logits = logits.astype(exact)
+    of_pixels = jax.nn.logsumexp(logits, axis=-1) - reduce(
+        jnp.where(is_label, logits, 0), "b h w c -> b h w", "sum"
+    )
+    mean = jnp.sum(of_pixels, where=counts) / jnp.maximum(jnp.sum(counts), 1).astype(exact)
+    return mean / images if divide_by_batch else mean
 
 
 class CrossEntropy(Loss):
@@ -54,3 +104,25 @@ class CrossEntropy(Loss):
     ) -> Float[Array, " batch"]:
         """Return −log softmax(logits)[label] of each image."""
         return cross_entropies(logits_of(student), labels_of(batch))
+
+
+class PixelCrossEntropy(Loss):
+    """The cross-entropy of the student's logits of each pixel with its label, as `pixel_cross_entropy`."""
+
+    name: ClassVar[str] = "pixel_cross_entropy"
+    options: ClassVar[Mapping[str, Field]] = {
+        "divide_by_batch": Field(
+            True, YES_OR_NO, "divide the mean by the images of a batch, as published", optional=True
+        )
+    }
+    needs_labels: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = False
+
+    def __init__(self, *, divide_by_batch: bool = True):
+        self.divide_by_batch = divide_by_batch
+
+    def __call__(self, student: Outputs, teacher: Outputs, batch: Batch, *, train: bool) -> Float[Array, ""]:
+        """Return the loss of the batch: every pixel counts alike, not every image."""
+        return pixel_cross_entropy(
+            logits_of(student), labels_of(batch), divide_by_batch=self.divide_by_batch, where=batch.where
+        )

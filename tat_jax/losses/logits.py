@@ -1,6 +1,8 @@
 """Losses between the logits of student and teacher: Hinton's knowledge distillation.
 
-Logits are `[batch, classes]`; computed in float32 at least. `where` names the images that count.
+Logits are `[batch, classes]`, or `[batch, height, width, classes]` of pixels, over which the mean of an image
+goes: all of them, as the teacher has something to say of those that nobody labelled, too. Computed in float32
+at least. `where` names the images that count.
 """
 
 from collections.abc import Mapping
@@ -8,6 +10,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
+from einops import reduce
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -20,8 +23,8 @@ from tat_jax.networks.view import Outputs
 
 
 def kl_divergence(
-    student_logits: Float[Array | np.ndarray, "batch classes"],
-    teacher_logits: Float[Array | np.ndarray, "batch classes"],
+    student_logits: Float[Array | np.ndarray, "batch *pixels classes"],
+    teacher_logits: Float[Array | np.ndarray, "batch *pixels classes"],
     *,
     temperature: float = 1.0,
     where: Where | None = None,
@@ -39,22 +42,23 @@ def kl_divergence(
 
 
 def kl_divergences(
-    student_logits: Float[Array | np.ndarray, "batch classes"],
-    teacher_logits: Float[Array | np.ndarray, "batch classes"],
+    student_logits: Float[Array | np.ndarray, "batch *pixels classes"],
+    teacher_logits: Float[Array | np.ndarray, "batch *pixels classes"],
     *,
     temperature: float = 1.0,
 ) -> Float[Array, " batch"]:
     """Return KL(teacher ‖ student) of each image, as in `kl_divergence`."""
-    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
+    if student_logits.ndim not in (2, 4) or student_logits.shape != teacher_logits.shape:
         raise ValueError(
-            "student and teacher logits do not have one shape [batch, classes]: "
+            "student and teacher logits do not have one shape [batch, (height, width,) classes]: "
             f"{student_logits.shape} and {teacher_logits.shape}"
         )
     log_p, log_q = (
         nnx.log_softmax(jnp.asarray(logits).astype(at_least_float32(logits.dtype)) / temperature)
         for logits in (teacher_logits, student_logits)
     )
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=1)
+    divergences = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    return reduce(divergences, "b ... -> b", "mean")
 
 
 def kd_weights(alpha: float, beta: float | None, temperature: float) -> tuple[float, float]:
@@ -107,6 +111,6 @@ class KD(Loss):
     def __call__(
         self, student: Outputs, teacher: Outputs, batch: Batch, *, train: bool
     ) -> Float[Array, " batch"]:
-        """Return T²·KL(teacher ‖ student) of each image."""
+        """Return T²·KL(teacher ‖ student) of each image, the mean over its pixels where logits are maps."""
         logits = logits_of(student), logits_of(teacher)
         return self.temperature**2 * kl_divergences(*logits, temperature=self.temperature)

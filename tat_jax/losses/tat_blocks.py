@@ -94,7 +94,7 @@ def _scan_blocks(scores: int, query: Heads, key: Heads, value: Heads, target: He
     """
     _, heads, positions, _ = query.shape
     exact = at_least_float32(value.dtype)
-    blocks = functools.partial(_blocks, size=max(1, scores // (heads * positions)))
+    blocks = functools.partial(_blocks, size=max(1, scores // (heads * key.shape[2])))
 
     def step(sums: tuple[Array, Array | None, Array | None], block: tuple[Array, Array, Array]) -> Any:
         errors, by_key, by_value = sums

@@ -3,6 +3,7 @@
 `tat` holds the formula. What is gained beside `tat_blocks` is in docs/gpu.md.
 """
 
+import math
 from typing import Literal
 
 import jax
@@ -21,9 +22,12 @@ _HOPPER = 9.0
 def fits(*maps: Map, heads: int) -> bool:
     """Return whether cuDNN attends to such maps: of one half-precision type, on a GPU of NVIDIA's.
 
-    A head's channels have to be a multiple of 8, and 128 at most, from Hopper on 256.
+    A head's channels have to be a multiple of 8, and 128 at most, from Hopper on 256; those of values as many
+    as those of keys.
     """
     if {x.dtype for x in maps} not in ({jnp.dtype("bfloat16")}, {jnp.dtype("float16")}):
+        return False
+    if len({x.shape[-1] for x in maps}) > 1:
         return False
     capability = _capability()
     depth = maps[0].shape[-1] // heads
@@ -59,20 +63,22 @@ def errors_fused(
         implementation: of `jax.nn.dot_product_attention`.
     """
     batch, height, width, _ = query.shape
-    positions = height * width
-    whole = ((0, 0), (0, -positions % _TILE), (0, 0), (0, 0))
-    q, k, v = (
-        jnp.pad(rearrange(x, "b h w (n d) -> b (h w) n d", n=heads), whole) for x in (query, key, value)
-    )
-    count = jnp.full(batch, positions, jnp.int32)
+    q, k, v = (_tokens(x, heads) for x in (query, key, value))
+    count, keys = (jnp.full(batch, math.prod(x.shape[1:3]), jnp.int32) for x in (query, key))
     out = jax.nn.dot_product_attention(
         q,
         k,
         v,
         scale=1.0,
         query_seq_lengths=count,
-        key_value_seq_lengths=count,
+        key_value_seq_lengths=keys,
         implementation=implementation,
     )
-    out = rearrange(out[:, :positions], "b (h w) n d -> b h w (n d)", h=height)
+    out = rearrange(out[:, : height * width], "b (h w) n d -> b h w (n d)", h=height)
     return reduce((out.astype(at_least_float32(out.dtype)) - target) ** 2, "b h w c -> b", "sum")
+
+
+def _tokens(x: Map, heads: int) -> Float[Array, "batch tokens heads depth"]:
+    """Return positions as a sequence of heads, filled up to whole tiles."""
+    tokens = rearrange(x, "b h w (n d) -> b (h w) n d", n=heads)
+    return jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % _TILE), (0, 0), (0, 0)))

@@ -18,13 +18,14 @@ KEYS = 512  # to which a block attends at once
 SUBLANES = 8
 
 
-def kernel(inputs: tuple[str, ...], outputs: tuple[str, ...], positions: int, *refs: Any) -> None:
+def kernel(inputs: tuple[str, ...], outputs: tuple[str, ...], queries: int, keys: int, *refs: Any) -> None:
     """Add a block of queries to the errors of a head, and to the gradients that are outputs.
 
     Args:
         inputs: names of the maps, of which `.T` ones are turned.
         outputs: "errors", and names of the maps by which a gradient is wanted.
-        positions: of a map, without those that fill up blocks.
+        queries: positions that ask, without those that fill up blocks.
+        keys: positions that answer, likewise.
         refs: of the inputs, the outputs and the scores.
     """
     given = dict(zip(inputs, refs, strict=False))
@@ -37,9 +38,9 @@ def kernel(inputs: tuple[str, ...], outputs: tuple[str, ...], positions: int, *r
             found[name][...] = jnp.zeros_like(found[name])
 
     q = given["q.T"][...]
-    out, inverse = _attend(q, given, scores, positions)
+    out, inverse = _attend(q, given, scores, keys)
     query = lax.broadcasted_iota(jnp.int32, out.shape, 1) + block * QUERIES
-    error = jnp.where(query < positions, out - given["t.T"][...].astype(jnp.float32), 0)
+    error = jnp.where(query < queries, out - given["t.T"][...].astype(jnp.float32), 0)
     found["errors"][...] += _sums(error**2)
     if "t.T" in found:
         found["t.T"][...] = (-2 * error).astype(q.dtype)
@@ -50,7 +51,7 @@ def kernel(inputs: tuple[str, ...], outputs: tuple[str, ...], positions: int, *r
         _go_back(q, (by_out * inverse).astype(q.dtype), mean_slope, given, found, scores)
 
 
-def _attend(q: Array, given: Mapping[str, Any], scores: Any, positions: int) -> tuple[Array, Array]:
+def _attend(q: Array, given: Mapping[str, Any], scores: Any, keys: int) -> tuple[Array, Array]:
     """Return what queries reconstruct and the inverse sum of their weights, which take the scores' place."""
     chunks = scores.shape[0] // KEYS
     lowest = jnp.full((SUBLANES, QUERIES), -jnp.inf, jnp.float32)
@@ -58,7 +59,7 @@ def _attend(q: Array, given: Mapping[str, Any], scores: Any, positions: int) -> 
     def score(chunk: Any, most: Array, *, last: bool = False) -> Array:
         s = _dot(given["k"][_of(chunk), :], q)
         if last:  # of what fills up the keys, only the last chunk has any
-            s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 0) + chunk * KEYS < positions, s, -jnp.inf)
+            s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 0) + chunk * KEYS < keys, s, -jnp.inf)
         scores[_of(chunk), :] = s
         return jnp.maximum(most, s.reshape(-1, SUBLANES, QUERIES).max(0))
 

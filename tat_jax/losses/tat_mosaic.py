@@ -28,13 +28,16 @@ def fits(query: Heads, key: Heads, value: Heads, target: Heads) -> bool:
     """Return whether the kernel takes such maps: of bfloat16, on TPUs whose vector memory holds a head.
 
     The TPUs are those of the mesh on which the query is known to lie while a step is traced; it must have one
-    axis, and share the images evenly.
+    axis, and share the images evenly. All maps have as many channels.
     """
-    if {x.dtype for x in (query, key, value, target)} != {jnp.dtype("bfloat16")} or query.shape[-1] % _TILE:
+    maps = query, key, value, target
+    if {x.dtype for x in maps} != {jnp.dtype("bfloat16")} or query.shape[-1] % _TILE:
+        return False
+    if len({x.shape[-1] for x in maps}) > 1:
         return False
     mesh = _mesh(query)
     shares = mesh.axis_types == (AxisType.Auto,) and len(query) % mesh.size == 0
-    return shares and _held(query) <= _vector_memory(mesh)
+    return shares and _held(key) <= _vector_memory(mesh)
 
 
 def _mesh(x: Array) -> AbstractMesh:
@@ -50,10 +53,10 @@ def _vector_memory(mesh: AbstractMesh) -> int:
             return 0
 
 
-def _held(query: Heads) -> int:
+def _held(key: Heads) -> int:
     """Return the bytes of vector memory that the kernel takes where all gradients are wanted."""
-    *_, positions, depth = query.shape
-    lanes, size = _up(depth, _LANES), query.dtype.itemsize
+    *_, positions, depth = key.shape
+    lanes, size = _up(depth, _LANES), key.dtype.itemsize
     shared = _up(positions, KEYS) * (size * 2 * (lanes + depth) + 4 * 2 * lanes + 4 * QUERIES)
     blocks = 2 * size * 4 * depth * QUERIES  # of which the next lies beside each
     between = 4 * 2 * (QUERIES + KEYS) * (lanes + _LANES)  # results; half of it was enough
@@ -84,11 +87,12 @@ def _call(
     query: Heads, key: Heads, value: Heads, target: Heads, *, wanted: Wanted, interpret: bool
 ) -> tuple[Array, ...]:
     """Return each image's errors and the gradients that are wanted, in the maps' types."""
-    batch, heads, positions, depth = query.shape
-    rows, wide, tall = batch * heads, _up(positions, QUERIES), _up(positions, KEYS)
+    batch, heads, queries, depth = query.shape
+    keys = key.shape[2]
+    rows, wide, tall = batch * heads, _up(queries, QUERIES), _up(keys, KEYS)
 
     def flat(x: Heads, to: int) -> Float[Array, "rows to depth"]:
-        return jnp.pad(x.reshape(rows, positions, depth), ((0, 0), (0, to - positions), (0, 0)))
+        return jnp.pad(x.reshape(rows, -1, depth), ((0, 0), (0, to - x.shape[2]), (0, 0)))
 
     given = {
         "q.T": flat(query, wide),
@@ -105,14 +109,14 @@ def _call(
             found[name] = jax.ShapeDtypeStruct(given[name].shape, dtype)
     scores = rows * wide * tall
     errors, *gradients = pl.pallas_call(
-        functools.partial(kernel, tuple(given), tuple(found), positions),
+        functools.partial(kernel, tuple(given), tuple(found), queries, keys),
         grid=(rows, wide // QUERIES),
         in_specs=[_part(name, x) for name, x in given.items()],
         out_specs=[_part(name, x) for name, x in found.items()],
         out_shape=list(found.values()),
         scratch_shapes=[tpu.VMEM((tall, QUERIES), jnp.float32)],
         compiler_params=tpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_held(query)
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_held(key)
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * scores * depth * (2 + (wanted.query or wanted.key) + sum(wanted[:3])),
@@ -125,8 +129,8 @@ def _call(
         name="tat",
     )(*given.values())
     by_maps = (
-        (x.swapaxes(1, 2) if name.endswith(".T") else x)[:, :positions]
-        .reshape(query.shape)
+        (x.swapaxes(1, 2)[:, :queries] if name.endswith(".T") else x[:, :keys])
+        .reshape(batch, heads, -1, depth)
         .astype(query.dtype)
         for name, x in zip(list(found)[1:], gradients, strict=True)
     )

@@ -19,6 +19,10 @@ class Architecture(NamedTuple):
         read_arguments: returns `num_classes` and the options of the network that entries under torchvision's
             names would fit, as far as they tell.
         published: the file of its weights that torchvision published; None where there is none.
+        free: those of its options that say how it is used, so that the same weights fit any value.
+        backbone: the architecture from whose weights a student's attribute `backbone` may start.
+        torch_modules: returns under which names PyTorch has the module at a path of ours: the first counts,
+            any further ones are the same arrays again.
     """
 
     build: Callable[..., nnx.Module]
@@ -26,3 +30,6 @@ class Architecture(NamedTuple):
     options: Mapping[str, Field]
     read_arguments: Callable[[Mapping[str, np.ndarray]], dict[str, Any]]
     published: str | None = None
+    free: tuple[str, ...] = ()
+    backbone: str | None = None
+    torch_modules: Callable[[str], tuple[str, ...]] = lambda path: (path,)

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,12 @@ def _drawn_on_host(draw: Callable[[np.random.Generator, tuple[int, ...]], np.nda
     return initialize
 
 
+@functools.cache
+def normal(deviation: float) -> nnx.Initializer:
+    """Return an initialiser that draws from a normal distribution of mean 0."""
+    return _drawn_on_host(lambda rng, shape: rng.normal(0, deviation, shape))
+
+
 @functools.cache  # so that networks of one kind have equal graph definitions, and compile once
 def uniform(bound: float) -> nnx.Initializer:
     """Return an initialiser that draws uniformly from ±`bound`."""
@@ -41,6 +47,8 @@ def uniform(bound: float) -> nnx.Initializer:
 
 # torchvision's kaiming_normal_(mode="fan_out", nonlinearity="relu"), on kernels [height, width, in, out].
 he_normal = _drawn_on_host(lambda rng, s: rng.normal(0, math.sqrt(2 / (s[0] * s[1] * s[3])), s))
+# kaiming_normal_ as PyTorch has it by default, mode="fan_in".
+he_normal_by_inputs = _drawn_on_host(lambda rng, s: rng.normal(0, math.sqrt(2 / math.prod(s[:-1])), s))
 # PyTorch's default for convolutions and linear layers: uniform in ±1/sqrt(fan_in).
 torch_uniform = _drawn_on_host(lambda rng, s: rng.uniform(-1, 1, s) / math.sqrt(math.prod(s[:-1])))
 
@@ -98,14 +106,22 @@ class BatchNorm(nnx.Module):
             origin = jax.lax.platform_dependent(self.mean[...], tpu=lambda mean: mean, default=jnp.zeros_like)
             y -= rearrange(jax.lax.stop_gradient(origin), "c -> 1 1 1 1 c")
             mean, var, count = _statistics(y, where)
-            self._update_running(mean[0] + origin, var[0], count[0])
+            self._update_running(mean + origin[None], var, count, where)
         else:
             mean, var = self.mean[...][None], self.var[...][None]
         factor = jax.lax.rsqrt(var + self.epsilon) * self.scale[...][None]
         mean, factor, bias = (rearrange(v, "g c -> g 1 1 1 c") for v in (mean, factor, self.bias[...][None]))
         return rearrange((y - mean) * factor + bias, "g n h w c -> (g n) h w c").astype(x.dtype)
 
-    def _update_running(self, mean: Array, var: Array, count: Array) -> None:
+    def _update_running(
+        self,
+        mean: Float[Array, "g c"],
+        var: Float[Array, "g c"],
+        count: Float[Array, " g"],
+        where: Where | None,
+    ) -> None:
+        """Let running statistics follow those of the groups: of the first."""
+        mean, var, count = mean[0], var[0], count[0]
         unbiased = var * (count / jnp.maximum(count - 1, 1))
         for running, new in ((self.mean, mean), (self.var, unbiased)):
             running[...] = (1 - self.momentum) * running[...] + self.momentum * jax.lax.stop_gradient(new)
@@ -144,20 +160,54 @@ def conv(
     size: int,
     *,
     stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    padded: bool = True,
     dtype: DTypeLike = jnp.float32,
     kernel_init: nnx.Initializer = he_normal,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """Make a size×size convolution without bias, padded by size // 2 on every side as in PyTorch."""
+    """Make a size×size convolution without bias, if `padded` by dilation · (size // 2) on every side."""
+    padding = dilation * (size // 2) if padded else 0
     return nnx.Conv(
         in_features,
         out_features,
         (size, size),
         strides=stride,
-        padding=((size // 2, size // 2),) * 2,
+        padding=((padding, padding),) * 2,
+        kernel_dilation=dilation,
+        feature_group_count=groups,
         use_bias=False,
         dtype=dtype,
         param_dtype=at_least_float32(dtype),
         kernel_init=kernel_init,
         rngs=rngs,
     )
+
+
+class ConvNorm(nnx.List):
+    """A convolution, made as by `conv`, and its normalisation."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        size: int,
+        *,
+        dtype: DTypeLike,
+        bn_group: int | None,
+        **of_conv: Any,
+    ):
+        norm = BatchNorm(out_features, group=bn_group, dtype=dtype)
+        super().__init__([conv(in_features, out_features, size, dtype=dtype, **of_conv), norm])
+
+    def __call__(
+        self, x: Float[Array, "batch height width channels"], *, train: bool, where: Where | None
+    ) -> Float[Array, "batch h w c"]:
+        convolution, norm = self
+        return norm(convolution(x), train=train, where=where)
+
+
+def relu6(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Return min(max(x, 0), 6), whose gradient at 0 and at 6 is 0 as in PyTorch; `nnx.relu6` halves it."""
+    return jnp.where((x > 0) & (x < 6), x, jnp.clip(jax.lax.stop_gradient(x), 0, 6))

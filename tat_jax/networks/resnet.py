@@ -6,7 +6,7 @@ leaves: `layer1.0.conv1.weight` is `layer1.0.conv1.kernel` here.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -17,42 +17,18 @@ from jaxtyping import Array, Bool, DTypeLike, Float
 
 from tat_jax.fields import YES_OR_NO, Field, whole
 from tat_jax.networks.architecture import Architecture
-from tat_jax.networks.layers import BatchNorm, at_least_float32, conv, torch_uniform, uniform
+from tat_jax.networks.layers import BatchNorm, ConvNorm, at_least_float32, conv, torch_uniform, uniform
 from tat_jax.networks.stem import StemConv, max_pool
 
 Maps = Float[Array, "batch height width channels"]
 Where = Bool[Array, " batch"]
 
 
-class Downsample(nnx.List):
-    """The 1×1 convolution and its normalisation on a shortcut between different shapes."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        stride: int,
-        *,
-        dtype: DTypeLike,
-        bn_group: int | None,
-        rngs: nnx.Rngs,
-    ):
-        super().__init__(
-            [
-                conv(in_features, out_features, 1, stride=stride, dtype=dtype, rngs=rngs),
-                BatchNorm(out_features, group=bn_group, dtype=dtype),
-            ]
-        )
-
-    def __call__(self, x: Maps, *, train: bool, where: Where | None) -> Float[Array, "batch h w c"]:
-        projection, norm = self
-        return norm(projection(x), train=train, where=where)
-
-
 class BasicBlock(nnx.Module):
     """Two 3×3 convolutions around an identity: the block of ResNet-18 and 34."""
 
     expansion: ClassVar[int] = 1
+    grid: ClassVar[tuple[int, ...]] = (1,)  # of DeepLab's dilations in the last stage, block by block
 
     def __init__(
         self,
@@ -60,16 +36,17 @@ class BasicBlock(nnx.Module):
         width: int,
         stride: int,
         *,
+        dilation: int = 1,
         dtype: DTypeLike,
         bn_group: int | None,
         rngs: nnx.Rngs,
     ):
-        self.conv1 = conv(in_features, width, 3, stride=stride, dtype=dtype, rngs=rngs)
+        self.conv1 = conv(in_features, width, 3, stride=stride, dilation=dilation, dtype=dtype, rngs=rngs)
         self.bn1 = BatchNorm(width, group=bn_group, dtype=dtype)
-        self.conv2 = conv(width, width, 3, dtype=dtype, rngs=rngs)
+        self.conv2 = conv(width, width, 3, dilation=dilation, dtype=dtype, rngs=rngs)
         self.bn2 = BatchNorm(width, group=bn_group, dtype=dtype)
         self.downsample = (
-            Downsample(in_features, width, stride, dtype=dtype, bn_group=bn_group, rngs=rngs)
+            ConvNorm(in_features, width, 1, stride=stride, dtype=dtype, bn_group=bn_group, rngs=rngs)
             if stride > 1 or in_features != width
             else None
         )
@@ -85,6 +62,7 @@ class Bottleneck(nnx.Module):
     """1×1, 3×3 and 1×1 convolutions around an identity: the block of ResNet-50, 101 and 152."""
 
     expansion: ClassVar[int] = 4
+    grid: ClassVar[tuple[int, ...]] = (1, 2, 4)
 
     def __init__(
         self,
@@ -92,6 +70,7 @@ class Bottleneck(nnx.Module):
         width: int,
         stride: int,
         *,
+        dilation: int = 1,
         dtype: DTypeLike,
         bn_group: int | None,
         rngs: nnx.Rngs,
@@ -99,12 +78,12 @@ class Bottleneck(nnx.Module):
         out_features = self.expansion * width
         self.conv1 = conv(in_features, width, 1, dtype=dtype, rngs=rngs)
         self.bn1 = BatchNorm(width, group=bn_group, dtype=dtype)
-        self.conv2 = conv(width, width, 3, stride=stride, dtype=dtype, rngs=rngs)
+        self.conv2 = conv(width, width, 3, stride=stride, dilation=dilation, dtype=dtype, rngs=rngs)
         self.bn2 = BatchNorm(width, group=bn_group, dtype=dtype)
         self.conv3 = conv(width, out_features, 1, dtype=dtype, rngs=rngs)
         self.bn3 = BatchNorm(out_features, group=bn_group, dtype=dtype)
         self.downsample = (
-            Downsample(in_features, out_features, stride, dtype=dtype, bn_group=bn_group, rngs=rngs)
+            ConvNorm(in_features, out_features, 1, stride=stride, dtype=dtype, bn_group=bn_group, rngs=rngs)
             if stride > 1 or in_features != out_features
             else None
         )
@@ -120,14 +99,27 @@ class Bottleneck(nnx.Module):
 Block = type[BasicBlock] | type[Bottleneck]
 Depths = tuple[int, int, int, int]
 
+# Of the four stages, by the stride of the last one's maps.
+_STRIDES = {32: (1, 2, 2, 2), 16: (1, 2, 2, 1), 8: (1, 2, 1, 1)}
+_DILATIONS = {32: (1, 1, 1, 1), 16: (1, 1, 1, 2), 8: (1, 1, 2, 4)}
+
 
 class Stage(nnx.List):
     """Blocks one after the other, the first of which may halve height and width."""
 
-    def __init__(self, block: Block, depth: int, in_features: int, width: int, stride: int, **kwargs: Any):
-        super().__init__([block(in_features, width, stride, **kwargs)])
-        for _ in range(1, depth):
-            self.append(block(width * block.expansion, width, 1, **kwargs))
+    def __init__(
+        self,
+        block: Block,
+        in_features: int,
+        width: int,
+        stride: int,
+        *,
+        dilations: Sequence[int],
+        **of_blocks: Any,
+    ):
+        super().__init__([block(in_features, width, stride, dilation=dilations[0], **of_blocks)])
+        for dilation in dilations[1:]:
+            self.append(block(width * block.expansion, width, 1, dilation=dilation, **of_blocks))
 
     def __call__(self, x: Maps, *, train: bool, where: Where | None) -> Float[Array, "batch h w c"]:
         for block in self:
@@ -141,9 +133,11 @@ class ResNet(nnx.Module):
     Args:
         block: what the stages consist of.
         depths: blocks in each stage.
-        num_classes: the number of logits.
+        num_classes: the number of logits; None is a network without a head, of which `stages` is called.
         small_images: a 3×3 stem without stride and max-pool, for images of 64 pixels and less.
         width: channels of the first stage; each later stage has twice those of the one before.
+        output_stride: of the last stage, 32; or 16 or 8, with dilations in the place of strides as DeepLab
+            has them, whose last stage is a multi-grid unit where blocks are bottlenecks.
         dtype: the type of activations. Parameters and statistics are float32, or float64 if `dtype` is.
         bn_group: images over which batch statistics are taken; None is the whole batch.
         rngs: the key stream `params`.
@@ -154,9 +148,10 @@ class ResNet(nnx.Module):
         block: Block,
         depths: Depths,
         *,
-        num_classes: int = 1000,
+        num_classes: int | None = 1000,
         small_images: bool = False,
         width: int = 64,
+        output_stride: int = 32,
         dtype: DTypeLike = jnp.float32,
         bn_group: int | None = None,
         rngs: nnx.Rngs,
@@ -169,21 +164,28 @@ class ResNet(nnx.Module):
             else StemConv(width, dtype=dtype, rngs=rngs)
         )
         self.bn1 = BatchNorm(width, group=bn_group, dtype=dtype)
-        stage = functools.partial(Stage, dtype=dtype, bn_group=bn_group, rngs=rngs)
-        features = block.expansion * width
-        self.layer1 = stage(block, depths[0], width, width, 1)
-        self.layer2 = stage(block, depths[1], features, 2 * width, 2)
-        self.layer3 = stage(block, depths[2], 2 * features, 4 * width, 2)
-        self.layer4 = stage(block, depths[3], 4 * features, 8 * width, 2)
-        self.fc = nnx.Linear(
-            8 * features,
-            num_classes,
-            dtype=dtype,
-            param_dtype=at_least_float32(dtype),
-            kernel_init=torch_uniform,
-            bias_init=uniform((8 * features) ** -0.5),
-            rngs=rngs,
+        stage = functools.partial(Stage, block, dtype=dtype, bn_group=bn_group, rngs=rngs)
+        strides, features = _STRIDES[output_stride], block.expansion * width
+        first, second, third, last = (
+            (dilation,) * depth for dilation, depth in zip(_DILATIONS[output_stride], depths, strict=True)
         )
+        if output_stride < 32:
+            last = tuple(dilation * block.grid[i % len(block.grid)] for i, dilation in enumerate(last))
+        self.layer1 = stage(width, width, strides[0], dilations=first)
+        self.layer2 = stage(features, 2 * width, strides[1], dilations=second)
+        self.layer3 = stage(2 * features, 4 * width, strides[2], dilations=third)
+        self.layer4 = stage(4 * features, 8 * width, strides[3], dilations=last)
+        self.low_level_features, self.out_features = features, 8 * features
+        if num_classes is not None:
+            self.fc = nnx.Linear(
+                self.out_features,
+                num_classes,
+                dtype=dtype,
+                param_dtype=at_least_float32(dtype),
+                kernel_init=torch_uniform,
+                bias_init=uniform(self.out_features**-0.5),
+                rngs=rngs,
+            )
 
     def __call__(
         self,
@@ -199,16 +201,23 @@ class ResNet(nnx.Module):
             train: normalise by batch statistics and update the running ones.
             where: the images that count in batch statistics; None is all.
         """
+        x = self.stages(images, train=train, where=where)["layer4"]
+        pooled = reduce(x.astype(at_least_float32(x.dtype)), "b h w c -> b c", "mean")
+        return self.fc(pooled.astype(self.dtype))
+
+    def stages(
+        self, images: Float[Array, "batch height width 3"], *, train: bool, where: Where | None
+    ) -> dict[str, Float[Array, "batch _ _ _"]]:
+        """Return the maps of the four stages, and the first one again as DeepLab's `low_level`."""
         x = self.conv1(images.astype(self.dtype))
         x = nnx.relu(self.bn1(x, train=train, where=where))
         if not self.small_images:
             x = max_pool(x)
-        x = self.layer1(x, train=train, where=where)
-        x = self.layer2(x, train=train, where=where)
-        x = self.layer3(x, train=train, where=where)
-        x = self.layer4(x, train=train, where=where)
-        pooled = reduce(x.astype(at_least_float32(x.dtype)), "b h w c -> b c", "mean")
-        return self.fc(pooled.astype(self.dtype))
+        maps = {"low_level": (x := self.layer1(x, train=train, where=where)), "layer1": x}
+        maps["layer2"] = x = self.layer2(x, train=train, where=where)
+        maps["layer3"] = x = self.layer3(x, train=train, where=where)
+        maps["layer4"] = self.layer4(x, train=train, where=where)
+        return maps
 
 
 OPTIONS = {

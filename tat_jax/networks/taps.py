@@ -115,6 +115,16 @@ def _keep(module: nnx.Module, name: str, add: Callable[[Any], Any], init: Callab
     return True
 
 
+def show(module: nnx.Module, **values: jax.Array) -> None:
+    """Let whoever reads taps of the network see values by name; where nobody does, they are not kept.
+
+    What is sown would hang on a module that is called by itself, and a trace of it would not be pure.
+    """
+    if hasattr(module, _KEPT):
+        for name, value in values.items():
+            module.sow(nnx.Intermediate, name, value)
+
+
 def read(
     wanted: Iterable[str], modules: Modules, given: Mapping[str, Any], *, batch: int
 ) -> dict[str, Float[Array, "batch ..."]]:

@@ -1,6 +1,6 @@
 """One class for each image: top-1 and top-5."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from tat_jax.batch import Batch
 from tat_jax.data import eval_resize
 from tat_jax.data.crops import crop
+from tat_jax.data.source import Source
 from tat_jax.networks.view import Outputs
 from tat_jax.tasks.task import Task
 
@@ -23,7 +24,7 @@ class Classification(Task):
     titles: ClassVar[Mapping[str, str]] = {"top1": "top-1", "top5": "top-5"}
     transform = staticmethod(crop)
 
-    def blank_label(self, data: ConfigDict) -> Int[np.ndarray, ""]:
+    def blank_label(self, data: ConfigDict, source: Source, *, train: bool) -> Int[np.ndarray, ""]:
         """Return the integer 0."""
         return np.zeros((), np.int32)
 
@@ -80,7 +81,9 @@ class Classification(Task):
             "top5": jnp.sum((rank < 5) & batch.where),
         }
 
-    def measures(self, counts: Mapping[str, Int[np.ndarray, "..."]]) -> dict[str, float]:
+    def measures(
+        self, counts: Mapping[str, Int[np.ndarray, "..."]], classes: Sequence[str] | None
+    ) -> dict[str, float]:
         """Return the fractions of images whose label is among the first one and five predictions."""
         return {name: int(counts[name]) / int(counts["count"]) for name in self.titles}
 

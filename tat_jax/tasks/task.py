@@ -1,7 +1,7 @@
 """What a task is: labels, the joint transform of image and label, what is counted, which measure is best."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Integer, UInt8
 from ml_collections import ConfigDict
 
 from tat_jax.batch import Batch
-from tat_jax.data.source import Label
+from tat_jax.data.source import Label, Source
 from tat_jax.networks.view import Outputs
 
 
@@ -21,15 +21,28 @@ class Task(ABC):
     Attributes:
         titles: the measures that lines, tables and pictures show in percent, each with what it is called
             there. By the first one a checkpoint is the best: the higher, the better.
+        columns: what the table of a study shows, measures of the evaluation after the "last" epoch or of the
+            "best" one; none is the best measure after the last epoch.
+        poor: the share of the way from chance to 1 that a trained teacher's best measure hardly misses.
     """
 
     titles: ClassVar[Mapping[str, str]]
+    columns: ClassVar[Sequence[tuple[str, str]]] = ()
+    poor: ClassVar[float] = 1 / 5
 
     @abstractmethod
-    def blank_label(self, data: ConfigDict) -> Integer[np.ndarray, "..."] | None:
+    def blank_label(
+        self, data: ConfigDict, source: Source, *, train: bool
+    ) -> Integer[np.ndarray, "..."] | None:
         """Return what stands for the label of a row without image; all labels have its shape and type.
 
-        An integer array without axes, or a map of integers [rows, columns]; None where there are no labels.
+        An integer array without axes, or a map of integers [rows, columns]; None where there are no labels. A
+        map that evaluation leaves smaller lies at its top left.
+
+        Args:
+            data: the config's.
+            source: of the labels.
+            train: for training; else for evaluation.
         """
 
     def check(self, data: ConfigDict) -> None:
@@ -81,12 +94,28 @@ class Task(ABC):
     def count(self, outputs: Outputs, batch: Batch) -> dict[str, Int[Array, "..."]]:
         """Count a batch, in integers or arrays of them, which add up exactly; rows outside `where` are none.
 
-        `count` is the number of images.
+        `count` is the number of images; `confusion` [truth, prediction], where there is one, is drawn.
         """
 
     @abstractmethod
-    def measures(self, counts: Mapping[str, Int[np.ndarray, "..."]]) -> dict[str, float]:
-        """Return the measures of a whole split from the sums of its counts, those of `titles` at least."""
+    def measures(
+        self, counts: Mapping[str, Int[np.ndarray, "..."]], classes: Sequence[str] | None
+    ) -> dict[str, float]:
+        """Return the measures of a whole split from the sums of its counts, those of `titles` at least.
+
+        Args:
+            counts: as `count` has them.
+            classes: the names of the classes by their labels; None where the data has none.
+        """
+
+    def class_maps(
+        self, outputs: Outputs, label: UInt8[Array, "batch rows columns"]
+    ) -> UInt8[Array, "batch rows columns"] | None:
+        """Return what `outputs` are as label maps like those of an evaluation, to be drawn beside them.
+
+        Called where labels are maps; None where outputs are none.
+        """
+        return None
 
     def chance(self, num_classes: int) -> float:
         """Return the best one's measure for a network that guesses."""
@@ -100,3 +129,7 @@ class Task(ABC):
     def describe(self, measures: Mapping[str, Any]) -> str:
         """Return the measures of a line, as in `top-1 83.20%  top-5 97.10%`."""
         return "  ".join(f"{title} {measures[name]:.2%}" for name, title in self.titles.items())
+
+    def table(self, evaluations: Mapping[str, Mapping[str, float]]) -> str:
+        """Return, as lines, the measures of evaluations, by their names, that a line has no room for."""
+        return ""

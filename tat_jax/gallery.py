@@ -1,0 +1,126 @@
+"""What a run draws after each evaluation: what was confused, and what networks see in some of the images."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, UInt8
+from PIL import Image, ImageDraw
+
+from tat_jax import overlays, paths, pictures
+from tat_jax.captions import LINE, fit, font
+from tat_jax.data.pipeline import Pipeline
+from tat_jax.data.source import class_colours, class_names
+from tat_jax.distill import Recipe
+from tat_jax.evaluate import Evaluation
+from tat_jax.tasks.task import Task
+
+_IMAGES = 4  # spread evenly over the split
+_SIDE, _GAP = 320, 6  # pixels: the longer side of an image that is shown, and between two of them
+
+LabelMap = UInt8[np.ndarray, "rows columns"]
+Look = list[tuple[np.ndarray, LabelMap, str]]
+
+
+class Gallery:
+    """The pictures of a run's evaluations, each replacing the one before.
+
+    `confusion.png` is drawn where the task counts what is confused, `predictions.png` where labels are maps.
+    Only the process that shows has one: it computes by copies on a device of its own, and no other waits.
+
+    Args:
+        folder: the run's.
+        data: the images to validate.
+        recipe: has the task, and the structure of the teacher's view.
+        teacher: the arrays of that, whole on every device; None where there is no teacher.
+    """
+
+    def __init__(self, folder: Path, data: Pipeline, recipe: Recipe, teacher: nnx.State | None):
+        self._folder, self._data, self._task = folder, data, recipe.task
+        self._teacher = None
+        if recipe.teacher is not None and teacher is not None and recipe.teacher_has_head:
+            self._teacher = recipe.teacher, teacher
+
+    def draw(self, evaluation: Evaluation, graph: nnx.GraphDef, state: nnx.State) -> None:
+        """Draw what an evaluation of a student's view found.
+
+        Args:
+            evaluation: what it measured.
+            graph: the structure of the view.
+            state: its arrays, whole on every device.
+
+        Raises:
+            OSError: a picture cannot be written.
+        """
+        source = self._data.source
+        if evaluation.confusion is not None:
+            with paths.replacing(self._folder / "confusion.png") as partial:
+                pictures.plot_confusion(evaluation.confusion, partial, class_names(source))
+        if maps := self._label_maps(graph, state):
+            named, colours = class_names(source), class_colours(source)
+            columns = {"truth": [label for _, label, _ in self._look], "prediction": maps, **self._of_teacher}
+            palette = overlays.palette(source.num_classes, colours)
+            shown = [overlays.inside(label) for of in columns.values() for label in of]
+            sheet = _sheet(self._look, columns, palette)
+            legend = overlays.legend(overlays.names(shown, named), palette, sheet.shape[1])
+            with paths.replacing(self._folder / "predictions.png") as partial:
+                Image.fromarray(np.concatenate([sheet, legend])).save(partial, "PNG", compress_level=1)
+
+    @functools.cached_property
+    def _look(self) -> Look:
+        """Return the images that are shown, where labels are maps."""
+        return [
+            (image, label, name)
+            for image, label, name in self._data.look(_IMAGES)
+            if isinstance(label, np.ndarray) and label.ndim == 2
+        ]
+
+    @functools.cached_property
+    def _of_teacher(self) -> Mapping[str, list[LabelMap]]:
+        """Return what the teacher predicts, which stays."""
+        maps = self._label_maps(*self._teacher) if self._teacher else []
+        return {"teacher": maps} if maps else {}
+
+    def _label_maps(self, graph: nnx.GraphDef, state: nnx.State) -> list[LabelMap]:
+        """Return what a network predicts of the images that are shown, one after the other."""
+        here = jax.tree.map(lambda array: array.addressable_data(0), state)
+        found = [
+            _class_maps(graph, self._task, here, image[None], label[None]) for image, label, _ in self._look
+        ]
+        return [np.asarray(maps)[0] for maps in found if maps is not None]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _class_maps(
+    graph: nnx.GraphDef, task: Task, state: nnx.State, image: Array, label: Array
+) -> Array | None:
+    return task.class_maps(nnx.merge(graph, state)(image), label)
+
+
+def _sheet(
+    look: Look, columns: Mapping[str, list[LabelMap]], palette: UInt8[np.ndarray, "256 3"]
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Return a row for each image: itself as its file has its sides, and its label maps beside it."""
+    inside = [overlays.inside(label).shape for _, label, _ in look]
+    sizes = [tuple(max(side * _SIDE // max(shape), 1) for side in shape) for shape in inside]
+    high, wide = (max(sides) for sides in zip(*sizes, strict=True))
+    cell, row = wide + _GAP, high + LINE
+    canvas = Image.new("RGB", (cell * (1 + len(columns)), LINE + row * len(look)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, title in enumerate(("image", *columns)):
+        draw.text((i * cell + _GAP // 2, 2), title, "black", font())
+    for i, ((image, _, name), (height, width)) in enumerate(zip(look, sizes, strict=True)):
+        top = LINE + i * row
+        shown = [Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)]
+        for maps in columns.values():
+            label = Image.fromarray(overlays.inside(maps[i])).resize(
+                (width, height), Image.Resampling.NEAREST
+            )
+            shown.append(Image.fromarray(overlays.colourise(np.asarray(label), palette)))
+        for j, picture in enumerate(shown):
+            canvas.paste(picture, (j * cell + _GAP // 2, top))
+        draw.text((_GAP // 2, top + height + 1), fit(Path(name).name, cell), "black", font())
+    return np.asarray(canvas)
