@@ -13,9 +13,9 @@ def gaussian_blur(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Blur as Pillow's GaussianBlur does, x ← x + r²/6 · (left + right − 2x) thrice across and thrice down.
 
-    Each pass is an extended box filter of a third of the variance (Gwosdek et al., "Theoretical foundations of
-    Gaussian convolution by extended box filtering", 2011), and rounded as Pillow's, so that pixels are the same
-    but for some that lie halfway between two levels.
+    Each pass is an extended box filter of a third of the variance (Gwosdek et al., "Theoretical foundations
+    of Gaussian convolution by extended box filtering", 2011), and rounded as Pillow's, so that pixels are the
+    same but for some that lie halfway between two levels.
 
     Args:
         pixels: RGB.
