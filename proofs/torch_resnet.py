@@ -12,19 +12,21 @@ DEPTHS = {
 }
 
 
-def conv(fan_in, fan_out, size, stride=1):
-    return nn.Conv2d(fan_in, fan_out, size, stride, padding=size // 2, bias=False)
+def conv(fan_in, fan_out, size, stride=1, dilation=1):
+    padding = dilation * (size // 2)
+    return nn.Conv2d(fan_in, fan_out, size, stride, padding=padding, dilation=dilation, bias=False)
 
 
 class Block(nn.Module):
-    def __init__(self, fan_in, width, stride, bottleneck):
+    def __init__(self, fan_in, width, stride, bottleneck, dilation=1):
         super().__init__()
         fan_out = 4 * width if bottleneck else width
         if bottleneck:
-            self.conv1, self.conv2 = conv(fan_in, width, 1), conv(width, width, 3, stride)
+            self.conv1, self.conv2 = conv(fan_in, width, 1), conv(width, width, 3, stride, dilation)
             self.conv3, self.bn3 = conv(width, fan_out, 1), nn.BatchNorm2d(fan_out)
         else:
-            self.conv1, self.conv2 = conv(fan_in, width, 3, stride), conv(width, width, 3)
+            self.conv1 = conv(fan_in, width, 3, stride, dilation)
+            self.conv2 = conv(width, width, 3, dilation=dilation)
             self.conv3 = None
         self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
         self.downsample = None
@@ -68,7 +70,11 @@ class TorchResNet(nn.Module):
 def random_torch_resnet(architecture, *, seed=0, **kwargs):
     """Return a network with random weights and statistics, signal kept at unit scale through its depth."""
     torch.manual_seed(seed)
-    model = TorchResNet(architecture, **kwargs)
+    return randomize(TorchResNet(architecture, **kwargs))
+
+
+def randomize(model):
+    """Draw a network's statistics, scales and biases, which PyTorch begins with zeros and ones; return it."""
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if name.endswith(("running_mean", "bias")):
