@@ -10,7 +10,17 @@ from pathlib import Path
 import jax
 
 from proofs.command import Part, make_parser, run_parts
-from proofs.fidelity import beside_pytorch, collectives, counts, ddp, devices, pixels, trajectories, weights
+from proofs.fidelity import (
+    beside_pytorch,
+    collectives,
+    counts,
+    ddp,
+    devices,
+    pixels,
+    segmentation_steps,
+    trajectories,
+    weights,
+)
 from proofs.photographs import add_photos
 from proofs.program import ROOT
 
@@ -20,6 +30,7 @@ PARTS: Mapping[str, Part] = {
     "pytorch": lambda chosen: beside_pytorch.claims(
         chosen.photos, chosen.weights, DOCUMENT.with_suffix(".png")
     ),
+    "segmentation_steps": lambda _: segmentation_steps.claims(),
     "devices": lambda _: devices.claims(),
     "ddp": lambda _: ddp.claims(),
     "collectives": lambda _: collectives.claims(),
