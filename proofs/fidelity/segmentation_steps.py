@@ -85,8 +85,8 @@ def claims_of_steps(student: TorchDeepLab, teacher: TorchDeepLab, steps: int) ->
     for embedding in (model.query, model.key, model.value):
         randomize(embedding)  # or the key's bias, which the loss does not see, would be 0 but for rounding
     with torch.no_grad():
-        model.query.l2norm.weight *= _QUERY
-        model.query.l2norm.bias *= _QUERY
+        model.query.l2norm.weight.mul_(_QUERY)
+        model.query.l2norm.bias.mul_(_QUERY)
     with jax.enable_x64(True):
         ours, masks, tensors = _our_training(model, teacher, rows)
     theirs = list(_pytorch_training(model, teacher, rows, masks, _config(steps)))
