@@ -22,7 +22,7 @@ from tat_jax.batch import Batch
 from tat_jax.buckets import Place
 from tat_jax.data.pipeline import Pipeline, check_same, pipeline_of
 from tat_jax.data.rows import Transform, decoding
-from tat_jax.data.source import notes
+from tat_jax.data.source import Source, notes
 from tat_jax.data.transforms import decode
 from tat_jax.data.unlabelled import UnlabelledFolder, sized
 from tat_jax.metrics import progress
@@ -130,7 +130,7 @@ class _Alone:
         """Raise a ValueError if `data` asks for what the task cannot do."""
         self.task.check(data)
 
-    def blank_label(self, data: ConfigDict) -> Int[np.ndarray, "1 2"]:
+    def blank_label(self, data: ConfigDict, source: Source, *, train: bool) -> Int[np.ndarray, "1 2"]:
         """Return the size of no image."""
         return np.zeros((1, 2), np.int32)
 
@@ -196,6 +196,7 @@ def _jit_forward(mesh: Mesh) -> jax.stages.Wrapped:
 def _check_apart(source: UnlabelledFolder, images: Path, out: Path) -> None:
     """Raise a ValueError where what is written would be among the images."""
     here, there = Path(os.path.realpath(out)), Path(os.path.realpath(images))
+    # Nor within it: `labels` beside a folder of images may hold the truth.
     looked_into = (Path(os.path.realpath(folder)) for folder in source.folders)
     if here.is_relative_to(there) or any(folder.is_relative_to(here) for folder in looked_into):
         raise ValueError(

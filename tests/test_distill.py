@@ -11,21 +11,25 @@ from flax import nnx
 
 from tat_jax import distill, sharding
 from tat_jax.batch import Batch
+from tat_jax.build import all_terms, build_teacher
+from tat_jax.configs import r18_r34
 from tat_jax.distill import Distillation, Recipe
+from tat_jax.losses import kl_divergence
 from tat_jax.losses.labels import CrossEntropy
 from tat_jax.losses.logits import KD
 from tat_jax.losses.loss import Loss
 from tat_jax.losses.tat import TargetAwareTransformer
+from tat_jax.networks.layers import BatchNorm
 from tat_jax.networks.view import View
 from tat_jax.tasks.classification import Classification
-from tests.tiny import Tiny
+from tests.tiny import Dropping, Tiny
 
 WIDTHS = {"layer1": 4, "layer2": 8}  # of the student's taps; the teacher's are twice as wide
 WEIGHTS = {"cross_entropy": 0.5, "kd": 0.5, "tat_layer1": 0.2, "tat_layer2": 0.1}
 HEADS = {"layer1": 1, "layer2": 2}
 
 
-def make(weights=WEIGHTS, dtype=jnp.float32, bn_group=None, optimizer=None, **options):
+def make(weights=WEIGHTS, dtype=jnp.float32, bn_group=None, optimizer=None, student=Tiny, **options):
     """Return a recipe with a narrow teacher and student, its first state, and the teacher's arrays."""
     losses = {"cross_entropy": CrossEntropy(), "kd": KD(temperature=2.0)}
     for tap, width in WIDTHS.items():
@@ -40,7 +44,7 @@ def make(weights=WEIGHTS, dtype=jnp.float32, bn_group=None, optimizer=None, **op
             bn_group=bn_group,
             rngs=nnx.Rngs(2),
         )
-    student = View(Tiny(4, dtype=dtype, bn_group=bn_group, rngs=nnx.Rngs(0)))
+    student = View(student(4, dtype=dtype, bn_group=bn_group, rngs=nnx.Rngs(0)))
     teacher = View(Tiny(8, dtype=dtype, rngs=nnx.Rngs(1)))
     distillation = Distillation(student, {name: losses[name] for name in weights})
     optimizer = optimizer or optax.sgd(0.05)
@@ -102,6 +106,86 @@ def test_the_gradient_to_the_teacher_is_exactly_zero(options):
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
 
 
+class Noisy(Tiny):
+    """A network that drops out before its second tap."""
+
+    def __init__(self, width, *, rngs, **options):
+        super().__init__(width, rngs=rngs, **options)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, images, *, train=False, where=None):
+        x = nnx.relu(self.bn1(self.conv1(images.astype(self.dtype)), train=train, where=where))
+        x = self.dropout(x, deterministic=not train)
+        x = nnx.relu(self.bn2(self.conv2(x), train=train, where=where))
+        self.sow(nnx.Intermediate, "layer2", x)
+        return self.fc(x.mean((1, 2)))
+
+
+@functools.cache
+def taught_in_training(network=Noisy):
+    """Return a step under a teacher in training mode, the first state, and the teacher's arrays."""
+    recipe, state, _ = make({"kd": 0.5, "tat_layer2": 0.1})
+    graph, teacher = nnx.split(View(network(8, rngs=nnx.Rngs(1))))
+    recipe = recipe._replace(teacher=graph, teacher_in_training=True)
+    return jax.jit(functools.partial(distill.train_step, recipe)), state, teacher, recipe
+
+
+def test_a_teacher_in_training_mode_normalises_by_the_batch_without_what_does_not_count():
+    step, state, teacher, recipe = taught_in_training(Tiny)
+    batch = batch_of(8, valid=6)
+    (_, metrics), images = step(state, teacher, batch), batch.image[:6]
+    student = nnx.merge(recipe.distillation, state.params, state.variables).student(images, train=True)
+    told = nnx.merge(recipe.teacher, teacher, copy=True)(images, train=True)
+    expected = 4 * kl_divergence(student.logits, told.logits, temperature=2.0)
+    assert float(metrics["kd"]) == pytest.approx(float(expected), rel=1e-4)
+    recipe = recipe._replace(teacher_in_training=False)
+    _, evaluated = jax.jit(functools.partial(distill.train_step, recipe))(state, teacher, batch)
+    assert float(evaluated["kd"]) != pytest.approx(float(expected), rel=1e-2)
+
+
+def test_a_teacher_in_training_mode_drops_out_anew_at_each_step_and_stays_as_it_is():
+    step, state, teacher, _ = taught_in_training()
+    before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(teacher, nnx.Not(nnx.RngKey))))
+    later = state._replace(step=state.step + 1)
+    (_, first), (_, again), (_, second) = (step(s, teacher, batch_of(8)) for s in (state, state, later))
+    assert (
+        first["kd"] == again["kd"]
+    )  # the step decides, whatever was before: a run that resumes has the same
+    assert first["kd"] != second["kd"]
+    after = nnx.to_pure_dict(nnx.state(teacher, nnx.Not(nnx.RngKey)))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_the_gradient_to_a_teacher_in_training_mode_is_exactly_zero():
+    _, state, teacher, recipe = taught_in_training()
+    params, others = nnx.split_state(teacher, nnx.Param, ...)
+
+    def loss(params):
+        return distill.train_step(recipe, state, nnx.merge_state(params, others), batch_of(4))[1]["loss"]
+
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
+
+
+def test_on_eight_devices_a_teacher_in_training_mode_says_what_it_says_on_one():
+    step, state, teacher, _ = taught_in_training()
+    mesh = sharding.make_mesh()
+    everywhere = jax.device_put((state, teacher), sharding.replicated(mesh))
+    spread = jax.device_put(batch_of(16, valid=13), sharding.batched(mesh))
+    assert_same_states(step(*everywhere, spread), step(state, teacher, batch_of(16, valid=13)))
+
+
+def test_the_config_says_in_which_mode_the_teacher_runs():
+    config = r18_r34.get_config("smoke")
+    groups = {}
+    for mode in ("eval", "train"):
+        config.teacher_mode, config.bn_group = mode, 4
+        teacher = build_teacher(config, 10, terms=all_terms(config))
+        groups[mode] = {
+            norm.group for _, norm in nnx.iter_modules(teacher.view) if isinstance(norm, BatchNorm)
+        }
+    assert groups == {"eval": {None}, "train": {4}}
+
+
 def test_padding_changes_nothing():
     step, state, teacher = compiled()
     padded, metrics = step(state, teacher, batch_of(8, valid=6))
@@ -123,6 +207,29 @@ def test_eight_devices_take_the_step_of_one(bn_group):
     everywhere = jax.device_put((state, teacher), sharding.replicated(mesh))
     spread = jax.device_put(batch_of(16, valid=13), sharding.batched(mesh))
     assert_same_states(step(*everywhere, spread), step(state, teacher, batch_of(16, valid=13)))
+
+
+def test_dropout_drops_the_same_on_eight_devices_as_on_one_and_something_else_at_each_step():
+    recipe, state, teacher = make({"cross_entropy": 1.0}, optimizer=optax.sgd(0.0), student=Dropping)
+    step, mesh = jax.jit(functools.partial(distill.train_step, recipe)), sharding.make_mesh()
+    everywhere = jax.device_put((state, teacher), sharding.replicated(mesh))
+    spread, losses = jax.device_put(batch_of(16), sharding.batched(mesh)), []
+    for _ in range(3):
+        state, metrics = step(state, teacher, batch_of(16))
+        after, expected = step(*everywhere, spread)
+        everywhere = after, everywhere[1]
+        losses.append(float(metrics["loss"]))
+        assert losses[-1] == pytest.approx(float(expected["loss"]), rel=1e-5)
+    assert len(set(losses)) == 3  # of the same images and, as the rate is 0, the same parameters
+
+
+def test_a_step_that_is_left_out_draws_nothing_from_a_random_stream():
+    recipe, state, teacher = make({"cross_entropy": 1.0}, student=Dropping)
+    step = jax.jit(functools.partial(distill.train_step, recipe._replace(leave_out_not_finite=True)))
+    batch = batch_of(8)
+    for pixels, drawn in ((np.full(batch.image.shape, np.nan, np.float32), 0), (batch.image, 1)):
+        state, _ = step(state, teacher, batch._replace(image=pixels))
+        assert state.variables.student.network.dropout.rngs.count.get_value() == drawn
 
 
 def test_without_a_loss_that_reads_it_there_is_no_teacher():

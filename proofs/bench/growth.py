@@ -1,9 +1,9 @@
 """How memory, time and communication grow.
 
 `python -m proofs.bench.growth [PART …] [--json FILE] [--plot FILE]`. The step of `configs/r18_r34.py` with
-random weights: by batch size, crop and classes on one device, and by number of simulated devices what they send
-each other, read from the compiled program. The TaT loss by positions. The step of segmentation by crop and by
-loss.
+random weights: by batch size, crop and classes on one device, and by number of simulated devices what they
+send each other, read from the compiled program. The TaT loss by positions. The step of `seg_voc_r18.py`, by
+crop and by loss.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -17,6 +17,7 @@ from proofs.fidelity import (
     ddp,
     devices,
     pixels,
+    segmentation,
     segmentation_steps,
     trajectories,
     weights,
@@ -27,6 +28,7 @@ from proofs.program import ROOT
 DOCUMENT = ROOT / "docs" / "fidelity.md"
 PARTS: Mapping[str, Part] = {
     "trajectories": lambda _: trajectories.claims(),
+    "segmentation": lambda _: segmentation.claims(),
     "pytorch": lambda chosen: beside_pytorch.claims(
         chosen.photos, chosen.weights, DOCUMENT.with_suffix(".png")
     ),

@@ -5,9 +5,11 @@ with the sizes and names of https://github.com/jfzhang95/pytorch-deeplab-xceptio
 """
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import reduce
@@ -17,7 +19,7 @@ from jaxtyping import Array, DTypeLike, Float
 from tat_jax.fields import YES_OR_NO, Field, one_of
 from tat_jax.networks import mobilenet, resnet
 from tat_jax.networks.architecture import Architecture
-from tat_jax.networks.interpolation import interpolate
+from tat_jax.networks.interpolation import convolve_interpolated, interpolate
 from tat_jax.networks.layers import BatchNorm, at_least_float32, conv, he_normal_by_inputs, uniform
 from tat_jax.networks.resnet import Maps, Where
 from tat_jax.networks.taps import show
@@ -137,15 +139,30 @@ class Decoder(nnx.Module):
         """Return its last map before the ReLU, the tap `decoder`, which is distilled."""
         mode: dict[str, Any] = {"train": train, "where": where}
         low_level = nnx.relu(self.bn1(self.conv1(low_level), **mode))
-        x = interpolate(x, *low_level.shape[1:3]).astype(x.dtype)
         first, norm1, relu, dropout, second, norm2, *_ = self.last_conv
-        x = relu(norm1(first(jnp.concatenate([x, low_level], axis=-1)), **mode))
+        x = relu(norm1(_join(first.kernel[...], x, low_level), **mode))
         return norm2(second(dropout(x, deterministic=not train)), **mode)
 
     def classify(self, x: Maps, *, train: bool) -> Float[Array, "batch height width classes"]:
         """Return the logits of its last map."""
         *_, relu, dropout, head = self.last_conv
         return head(dropout(relu(x), deterministic=not train))
+
+
+def _join(
+    kernel: Float[Array, "size size both features"], x: Maps, low_level: Float[Array, "batch h w low"]
+) -> Float[Array, "batch h w features"]:
+    """Convolve interpolated maps with those beside them, each with its part of the kernel."""
+    of_x, of_low_level = jnp.split(kernel, [x.shape[-1]], axis=2)
+    y = convolve_interpolated(x, of_x, *low_level.shape[1:3])
+    beside = jax.lax.conv_general_dilated(
+        low_level,
+        of_low_level.astype(low_level.dtype),
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return (y + beside).astype(x.dtype)
 
 
 class DeepLab(nnx.Module):
@@ -224,6 +241,23 @@ def _architecture(
     )
 
 
+def _torch_modules_of_mobilenet(path: str) -> tuple[str, ...]:
+    """Return the public checkpoints' names, which count within blocks what torchvision has in pairs.
+
+    The two halves of the backbone are further attributes of it.
+    """
+    found = re.fullmatch(r"backbone\.features\.(\d+)\.(.*)", path)
+    if not found:
+        return (path,)
+    number, within = int(found[1]), found[2]
+    if number:
+        first, *pair = (int(part) for part in within.removeprefix("conv.").split("."))
+        layers = 1 if number == 1 else 2  # that are pairs, and in PyTorch three modules each with their ReLU
+        within = f"conv.{3 * first + pair[0] if pair else 3 * layers + first - layers}"
+    half = "low" if number <= mobilenet.LOW_LEVEL else "high"
+    return tuple(f"backbone.{part}.{number}.{within}" for part in ("features", f"{half}_level_features"))
+
+
 def _read_arguments(
     backbone: Architecture, options: Mapping[str, Field], entries: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
@@ -245,5 +279,5 @@ ARCHITECTURES = {
         mobilenet.ARCHITECTURES["mobilenet_v2"],
         mobilenet.OPTIONS,
         kernel_init=he_normal_by_inputs,
-    )
+    )._replace(torch_modules=_torch_modules_of_mobilenet)
 }
