@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from flax import nnx
 
-from proofs.torch_deeplab_strides import TorchMobileNetV2
+from proofs.torch_deeplab import TorchMobileNetV2
 from proofs.torch_resnet import randomize
 from tat_jax import networks
 from tat_jax.networks.layers import relu6

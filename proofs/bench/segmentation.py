@@ -4,8 +4,8 @@ DeepLabV3+ over a ResNet-101 teaches one over a ResNet-18 as published for VOC, 
 both networks in training mode. Random weights, float32, on a CPU.
 """
 
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from proofs.bench.memory import Figures
 from proofs.bench.sidebyside import Row, compare_times
 from proofs.compiled_step import blank_rows, compile_step
 from proofs.report import announce
-from proofs.torch_deeplab import TorchResNetBackbone, random_torch_deeplab
-from proofs.torch_segmentation import TorchSegmentation
+from proofs.torch_deeplab import TorchDeepLab
+from proofs.torch_segmentation import DROPOUTS, TorchSegmentation
 from tat_jax.batch import Batch
 from tat_jax.configs import base, seg_voc_r18
 
@@ -89,12 +89,11 @@ def _pytorch_step(config: ConfigDict, images: np.ndarray, labels: np.ndarray) ->
     x = torch.from_numpy(rearrange(images, "b h w c -> b c h w"))
     x, y = x.contiguous(memory_format=torch.channels_last), torch.from_numpy(labels).long()
     student, teacher = (
-        random_torch_deeplab(functools.partial(TorchResNetBackbone, name), CLASSES, aspp_dropout=False)
-        .train()
-        .to(memory_format=torch.channels_last)
-        for name in ("resnet18", "resnet101")
+        TorchDeepLab(name, num_classes=CLASSES, dropouts=DROPOUTS) for name in ("resnet18", "resnet101")
     )
-    model = TorchSegmentation(student).train()
+    model: Any = TorchSegmentation(student)
+    for module in (model, teacher):
+        module.train().to(memory_format=torch.channels_last)
     optimizer, schedule = torch_segmentation.make_optimizer(
         model,
         learning_rate=config.optimizer.learning_rate,

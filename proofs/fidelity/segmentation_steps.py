@@ -5,7 +5,6 @@ networks drop features and normalise by the batch. A row of each batch is paddin
 has no class. PyTorch is given the images that count, and the masks that our own layers of dropout draw.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,14 +16,15 @@ from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from torch import nn
 
 from proofs import torch_segmentation
 from proofs.fidelity import our_step
 from proofs.fidelity.claim import Claim
 from proofs.rounding import largest_relative_error, relative_error
-from proofs.torch_deeplab import TorchDeepLab, TorchResNetBackbone, random_torch_deeplab
+from proofs.torch_deeplab import TorchDeepLab
 from proofs.torch_resnet import randomize
-from proofs.torch_segmentation import TorchSegmentation
+from proofs.torch_segmentation import DROPOUTS, TorchSegmentation
 from tat_jax import sharding
 from tat_jax.batch import Batch
 from tat_jax.build import Built, build
@@ -52,6 +52,18 @@ _MEASURED = {
 }
 
 Masks = list[list[torch.Tensor]]
+
+
+class Masked(nn.Module):
+    """Dropout whose mask is given, scale included."""
+
+    def __init__(self, mask: torch.Tensor):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what is left of a map."""
+        return x * self.mask
 
 
 def claims(steps: int = 10) -> list[Claim]:
@@ -138,8 +150,9 @@ def _config(steps: int) -> ConfigDict:
 
 
 def _torch_network(architecture: str, seed: int) -> TorchDeepLab:
-    backbone = functools.partial(TorchResNetBackbone, architecture, WIDTH)
-    return random_torch_deeplab(backbone, CLASSES, seed=seed, aspp_dropout=False).double()
+    torch.manual_seed(seed)
+    network = TorchDeepLab(architecture, num_classes=CLASSES, width=WIDTH, dropouts=DROPOUTS)
+    return randomize(network).double()
 
 
 def _our_training(
@@ -202,7 +215,7 @@ def _pytorch_training(
         for row, of_networks in zip(rows, masks, strict=True):
             for network, of_layers in zip((model.student, teacher), of_networks, strict=True):
                 for i, mask in zip(_DROPOUTS, of_layers, strict=True):
-                    network.decoder.last_conv[i].mask = mask
+                    network.decoder.last_conv[i] = Masked(mask)
             images = rearrange(np.asarray(row.image)[COUNTS], "b h w c -> b c h w")
             yield torch.from_numpy(images), torch.from_numpy(np.asarray(row.label)[COUNTS]).long()
 
