@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from proofs import torch_transforms
-from proofs.fidelity import beside_pytorch, pixels, segmentation, trajectories, weights
+from proofs.fidelity import beside_pytorch, pixels, segmentation, segmentation_steps, trajectories, weights
 from proofs.fidelity.claim import Claim
 from proofs.photographs import photographs
 from proofs.report import table
@@ -35,6 +35,10 @@ def test_two_steps_on_photographs_lie_on_pytorchs(tmp_path):
     claims = beside_pytorch.claims(photographs(None, 16), None, tmp_path / "curves.png", steps=2)
     assert broken(claims) == []
     assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_two_steps_of_segmentation_are_pytorchs():
+    assert broken(segmentation_steps.claims(steps=2)) == []
 
 
 def test_pixels_are_pillows_and_crop_boxes_torchvisions():

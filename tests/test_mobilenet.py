@@ -8,8 +8,8 @@ import torch
 from einops import rearrange
 from flax import nnx
 
-from proofs.torch_deeplab_strides import InvertedResidual as TorchBlock
-from proofs.torch_deeplab_strides import TorchMobileNetV2
+from proofs.torch_deeplab import InvertedResidual as TorchBlock
+from proofs.torch_deeplab import TorchMobileNetV2
 from proofs.torch_resnet import randomize
 from tat_jax import convert, networks
 from tat_jax.networks.layers import relu6
