@@ -1,8 +1,8 @@
 """What is counted of a segmentation at the images' own sizes, beside PyTorch doing the same.
 
 `python -m proofs.bench.evaluation [--json FILE]`. Of a batch of logits and labels of mixed sizes, both
-confusion matrices, ours by one program; PyTorch's interpolates, compares and counts image by image, each at its
-own size.
+confusion matrices, ours by one program; PyTorch's interpolates, compares and counts image by image, each at
+its own size.
 Memory is what the compiled program needs besides arguments and results, the rival's is that of the logits.
 """
 

@@ -14,9 +14,7 @@ from tat_jax.data.label_maps import IGNORED, OUTSIDE
 
 _Carry = TypeVar("_Carry")
 TILE = 64  # rows and columns
-_MOST = (
-    16  # classes compared at a time: of 32 and more, XLA's argmax on CPUs takes each one many times as long
-)
+_MOST = 16  # classes compared at a time: of 32 and more, XLA's argmax on CPUs takes many times as long
 
 Logits = Float[Array, "batch height width classes"]
 Sizes = tuple[Int[Array, " batch"], Int[Array, " batch"]]
