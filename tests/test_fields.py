@@ -166,7 +166,12 @@ def test_a_run_and_an_evaluation_check_first(tmp_path, run):
     ("name", "value", "beside", "read_where"),
     [
         ("data.labels_per_class", 5, "data.source is 'imagefolder'", "'digits'"),
-        ("data.exif_orientation", True, "data.source is 'digits'", "'imagefolder' or 'webdataset' or 'tfds'"),
+        (
+            "data.exif_orientation",
+            True,
+            "data.source is 'digits'",
+            "'imagefolder' or 'webdataset' or 'tfds' or 'label_folder'",
+        ),
         ("optimizer.momentum", 0.8, "optimizer.name is 'adamw'", "'sgd'"),
         ("optimizer.minimum_rate", 1e-5, "optimizer.schedule is 'multistep'", "'cosine'"),
         ("losses.kd.temperature", 4.0, "losses.kd.weight is 0.0", "other than 0"),

@@ -70,7 +70,7 @@ class DigitMasks:
             )
             colour = rng.integers(160, 256, 3)
             ink = (digit[..., None] * colour // 255).astype(np.uint8)
-            image[here] = np.maximum(image[here] // 2, ink)
+            image[here] = np.where(digit[..., None] >= _EDGE, ink, image[here])
             label[here][digit >= _EDGE] = IGNORED
             label[here][digit >= _INK] = self._values[which] + 1
         return Example(image, label, f"scene {index} of {self._split}")

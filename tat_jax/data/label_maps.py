@@ -17,7 +17,11 @@ MOST_CLASSES = 254  # indices below both
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _GREY, _PALETTE = 0, 3  # of a PNG's colour types
-_STRETCH = {2: 85, 4: 17}  # by which Pillow multiplies grey of so many bits, so that the greatest is 255
+_STRETCH = {
+    1: 255,
+    2: 85,
+    4: 17,
+}  # by which Pillow multiplies grey of so many bits, so that the greatest is 255
 _THREADS = 16
 
 
@@ -54,9 +58,9 @@ def decode_indices(file: bytes, name: str) -> Integer[np.ndarray, "height width"
             indices = np.asarray(opened)
     except Exception as error:
         raise DecodeError(name, str(error)) from error
-    if indices.dtype == bool:
-        return indices.view(np.uint8)
-    return indices // _STRETCH[bits] if kind == _GREY and bits in _STRETCH else indices
+    if kind == _GREY and bits in _STRETCH:
+        return indices.view(np.uint8) // _STRETCH[bits]
+    return indices
 
 
 def class_map(

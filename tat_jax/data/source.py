@@ -1,6 +1,7 @@
 """What a source of images is: random access by index to encoded or plain images with their labels."""
 
-from typing import NamedTuple, Protocol
+import inspect
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Integer, UInt8
@@ -54,19 +55,24 @@ def class_colours(source: Source) -> UInt8[np.ndarray, "classes 3"] | None:
     return getattr(source, "colours", None)
 
 
+def check_label_maps(source: Source) -> None:
+    """Raise a ValueError unless a source has `largest`, which is not asked for: it may take long to find."""
+    if inspect.getattr_static(source, "largest", None) is None:
+        raise ValueError(
+            "the labels of this data.source are no maps, and task=segmentation takes a class for each pixel: "
+            "take a data.source of label maps, or task=classification"
+        )
+
+
 def largest_image(source: Source) -> tuple[int, int]:
     """Return the largest height and the largest width of the images of a source of label maps.
 
     Raises:
         ValueError: its labels are no maps.
     """
-    largest: tuple[int, int] | None = getattr(source, "largest", None)
-    if largest is None:
-        raise ValueError(
-            "the labels of this data.source are no maps, and task=segmentation takes a class for each pixel: "
-            "take a data.source of label maps, or task=classification"
-        )
-    return largest
+    check_label_maps(source)
+    of_maps: Any = source
+    return of_maps.largest
 
 
 def notes(source: Source) -> list[str]:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from tat_jax.batch import Batch
 from tat_jax.data.label_maps import IGNORED, OUTSIDE
 from tat_jax.data.segments import segment
-from tat_jax.data.source import Source, largest_image, printable
+from tat_jax.data.source import Source, check_label_maps, largest_image, printable
 from tat_jax.networks.view import Outputs
 from tat_jax.tasks import confusion as matrices
 from tat_jax.tasks import original_size
@@ -55,10 +55,10 @@ class Segmentation(Task):
         self, data: ConfigDict, source: Source, *, train: bool
     ) -> UInt8[np.ndarray, "rows columns"]:
         """Return a map of IGNORED as large as a crop; to evaluate, one of OUTSIDE as large as any image."""
-        largest = largest_image(source)
+        check_label_maps(source)
         if train:
             return np.full((data.image_size, data.image_size), IGNORED, np.uint8)
-        return np.full(largest, OUTSIDE, np.uint8)
+        return np.full(largest_image(source), OUTSIDE, np.uint8)
 
     def preparation(self, data: ConfigDict) -> str:
         """Say to what images are squashed, and at which sizes predictions are scored."""
