@@ -68,7 +68,11 @@ class TorchResNet(nn.Module):
 def random_torch_resnet(architecture, *, seed=0, **kwargs):
     """Return a network with random weights and statistics, signal kept at unit scale through its depth."""
     torch.manual_seed(seed)
-    model = TorchResNet(architecture, **kwargs)
+    return randomize(TorchResNet(architecture, **kwargs))
+
+
+def randomize(model):
+    """Draw a network's normalisation anew, and return it."""
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if name.endswith(("running_mean", "bias")):
