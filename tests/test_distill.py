@@ -11,11 +11,15 @@ from flax import nnx
 
 from tat_jax import distill, sharding
 from tat_jax.batch import Batch
+from tat_jax.build import all_terms, build_teacher
+from tat_jax.configs import r18_r34
 from tat_jax.distill import Distillation, Recipe
+from tat_jax.losses import kl_divergence
 from tat_jax.losses.labels import CrossEntropy
 from tat_jax.losses.logits import KD
 from tat_jax.losses.loss import Loss
 from tat_jax.losses.tat import TargetAwareTransformer
+from tat_jax.networks.layers import BatchNorm
 from tat_jax.networks.view import View
 from tat_jax.tasks.classification import Classification
 from tests.tiny import Dropping, Tiny
@@ -100,6 +104,86 @@ def test_the_gradient_to_the_teacher_is_exactly_zero(options):
         jax.grad(lambda teacher: distill.train_step(recipe, state, teacher, batch_of(4))[1]["loss"])
     )(teacher)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
+
+
+class Noisy(Tiny):
+    """A network that drops out before its second tap."""
+
+    def __init__(self, width, *, rngs, **options):
+        super().__init__(width, rngs=rngs, **options)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, images, *, train=False, where=None):
+        x = nnx.relu(self.bn1(self.conv1(images.astype(self.dtype)), train=train, where=where))
+        x = self.dropout(x, deterministic=not train)
+        x = nnx.relu(self.bn2(self.conv2(x), train=train, where=where))
+        self.sow(nnx.Intermediate, "layer2", x)
+        return self.fc(x.mean((1, 2)))
+
+
+@functools.cache
+def taught_in_training(network=Noisy):
+    """Return a step under a teacher in training mode, the first state, and the teacher's arrays."""
+    recipe, state, _ = make({"kd": 0.5, "tat_layer2": 0.1})
+    graph, teacher = nnx.split(View(network(8, rngs=nnx.Rngs(1))))
+    recipe = recipe._replace(teacher=graph, teacher_in_training=True)
+    return jax.jit(functools.partial(distill.train_step, recipe)), state, teacher, recipe
+
+
+def test_a_teacher_in_training_mode_normalises_by_the_batch_without_what_does_not_count():
+    step, state, teacher, recipe = taught_in_training(Tiny)
+    batch = batch_of(8, valid=6)
+    (_, metrics), images = step(state, teacher, batch), batch.image[:6]
+    student = nnx.merge(recipe.distillation, state.params, state.variables).student(images, train=True)
+    told = nnx.merge(recipe.teacher, teacher, copy=True)(images, train=True)
+    expected = 4 * kl_divergence(student.logits, told.logits, temperature=2.0)
+    assert float(metrics["kd"]) == pytest.approx(float(expected), rel=1e-4)
+    recipe = recipe._replace(teacher_in_training=False)
+    _, evaluated = jax.jit(functools.partial(distill.train_step, recipe))(state, teacher, batch)
+    assert float(evaluated["kd"]) != pytest.approx(float(expected), rel=1e-2)
+
+
+def test_a_teacher_in_training_mode_drops_out_anew_at_each_step_and_stays_as_it_is():
+    step, state, teacher, _ = taught_in_training()
+    before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(teacher, nnx.Not(nnx.RngKey))))
+    later = state._replace(step=state.step + 1)
+    (_, first), (_, again), (_, second) = (step(s, teacher, batch_of(8)) for s in (state, state, later))
+    assert (
+        first["kd"] == again["kd"]
+    )  # the step decides, whatever was before: a run that resumes has the same
+    assert first["kd"] != second["kd"]
+    after = nnx.to_pure_dict(nnx.state(teacher, nnx.Not(nnx.RngKey)))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_the_gradient_to_a_teacher_in_training_mode_is_exactly_zero():
+    _, state, teacher, recipe = taught_in_training()
+    params, others = nnx.split_state(teacher, nnx.Param, ...)
+
+    def loss(params):
+        return distill.train_step(recipe, state, nnx.merge_state(params, others), batch_of(4))[1]["loss"]
+
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
+
+
+def test_on_eight_devices_a_teacher_in_training_mode_says_what_it_says_on_one():
+    step, state, teacher, _ = taught_in_training()
+    mesh = sharding.make_mesh()
+    everywhere = jax.device_put((state, teacher), sharding.replicated(mesh))
+    spread = jax.device_put(batch_of(16, valid=13), sharding.batched(mesh))
+    assert_same_states(step(*everywhere, spread), step(state, teacher, batch_of(16, valid=13)))
+
+
+def test_the_config_says_in_which_mode_the_teacher_runs():
+    config = r18_r34.get_config("smoke")
+    groups = {}
+    for mode in ("eval", "train"):
+        config.teacher_mode, config.bn_group = mode, 4
+        teacher = build_teacher(config, 10, terms=all_terms(config))
+        groups[mode] = {
+            norm.group for _, norm in nnx.iter_modules(teacher.view) if isinstance(norm, BatchNorm)
+        }
+    assert groups == {"eval": {None}, "train": {4}}
 
 
 def test_padding_changes_nothing():

@@ -28,7 +28,7 @@ NONE = {"bn_group", "clip_norm", "labels_per_class", "image_size", "student_tap"
 NONE |= {"classes", "eval_resize", "grey_range", "processes"}
 # Where 0 means something.
 ZERO = {"seed", "steps_left_out", "checkpoint_minutes", "weight", "embedding_kernel", "weight_decay"}
-ZERO |= {"momentum", "warmup_epochs", "minimum_rate", "threads", "processes"}
+ZERO |= {"patch_weight", "anchor_weight", "momentum", "warmup_epochs", "minimum_rate", "threads", "processes"}
 
 
 def last(name):
@@ -59,17 +59,20 @@ def test_every_loss_can_be_switched_on_in_every_config():
         for name, loss in LOSSES.items():
             config = module.get_config()
             entry = config.losses[name]
-            (entry.layer3 if loss.compares_taps else entry).weight = 0.1
+            tap = sorted(entry)[-1] if loss.compares_taps else None
+            (entry[tap] if tap else entry).weight = 0.1
             experiment.check(config)
-            switched_on = f"{name}_layer3" if loss.compares_taps else name
+            switched_on = f"{name}_{tap}" if tap else name
             assert switched_on in [term.name for term in terms_of(config.losses)]
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [-1, -0.5, math.nan, math.inf, "", [], [1, 2, 3], ("a", "b"), (2, 1), 1j])
 def test_what_no_field_may_be_is_refused_with_its_name_and_value(name, value):
-    if (last(name), value) in [("milestones", []), ("milestones", [1, 2, 3]), ("rates", [])] or (
-        last(name) in ("mean", "std") and value == [1, 2, 3]
+    if (
+        (last(name), value) in [("milestones", []), ("milestones", [1, 2, 3]), ("rates", [])]
+        or (last(name) in ("mean", "std") and value == [1, 2, 3])
+        or (last(name) in ("patches", "anchors") and value == (2, 1))
     ):
         experiment.check(changed(name, value))
         return
@@ -126,6 +129,19 @@ def test_an_address_of_another_kind_is_no_folder(name, address):
         ValueError, match=f"{name}='{address}': allowed is a folder on a disk of this machine"
     ):
         experiment.check(changed(name, address))
+
+
+def test_a_field_that_was_replaced_is_answered_with_the_one_now():
+    with pytest.raises(ValueError, match=r"asks has replaced it, 'student' for False or 'teacher' for True"):
+        experiment.check(changed("losses.tat.layer4.per_teacher_position", True))
+
+
+def test_what_configs_of_before_say_of_a_replaced_field_is_taken_as_the_one_now():
+    config = changed("losses.tat.layer4.per_teacher_position", True)
+    config.losses.tat.layer3.per_teacher_position = False
+    fields.renew(experiment.FIELDS, config)
+    experiment.check(config)
+    assert (config.losses.tat.layer4.asks, config.losses.tat.layer3.asks) == ("teacher", "student")
 
 
 def test_a_missing_field_is_named():

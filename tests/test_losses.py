@@ -11,7 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tat_jax.losses import cross_entropy, kd_loss, kd_weights, kl_divergence
+from tat_jax.batch import Batch
+from tat_jax.losses import cross_entropy, kd_loss, kd_weights, kl_divergence, pixel_cross_entropy
+from tat_jax.losses.labels import PixelCrossEntropy
+from tat_jax.losses.logits import KD
+from tat_jax.networks.view import Outputs
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "published_code.json").read_text())["kd"]
 
@@ -144,3 +148,96 @@ def test_shapes_that_do_not_match_are_named(unchecked):
         cross_entropy(logits_of(0), jnp.zeros(4, int))
     with pytest.raises(ValueError, match=r"\(5, 7\) and \(5, 6\)"):
         kl_divergence(logits_of(0), logits_of(0, classes=6))
+
+
+# Of pixels
+
+
+def published_pixels():
+    """Return the logits and the labels whose loss was recorded from the published code."""
+    n, y, x, c = np.meshgrid(np.arange(2), np.arange(3), np.arange(3), np.arange(4), indexing="ij")
+    logits = np.sin(n + 1.3 * c + 0.5 * y - 0.7 * x)
+    labels = (np.arange(18) % 4).astype(np.uint8).reshape(2, 3, 3)
+    labels[0, 0, 0] = labels[1, 2, 2] = 255
+    return jnp.asarray(logits), labels
+
+
+def test_the_loss_of_pixels_is_that_of_the_published_code(x64):
+    logits, labels = published_pixels()
+    assert pixel_cross_entropy(logits, labels) == pytest.approx(0.775622731, abs=5e-10)
+    plain = pixel_cross_entropy(logits, labels, divide_by_batch=False)
+    assert plain == pytest.approx(2 * 0.775622731, abs=1e-9)
+    counts = labels != 255
+    expected = cross_entropy(logits[counts], labels[counts].astype(int))
+    assert plain == pytest.approx(float(expected), rel=1e-14)
+
+
+def test_the_gradient_of_the_loss_of_pixels_is_that_of_the_labelled_ones(x64):
+    logits, labels = published_pixels()
+    gradient = jax.grad(pixel_cross_entropy)(logits, labels)
+    one_hot = np.eye(4)[np.where(labels == 255, 0, labels)]
+    expected = (jax.nn.softmax(logits) - one_hot) * (labels != 255)[..., None] / 16 / 2
+    np.testing.assert_allclose(gradient, expected, atol=1e-15)
+
+
+def test_rows_that_do_not_count_change_nothing_of_the_loss_of_pixels():
+    logits, labels = (np.concatenate([x, x[::-1]]) for x in published_pixels())
+    where = np.array([True, True, False, False])
+    found = jax.value_and_grad(pixel_cross_entropy)(jnp.asarray(logits), labels, where=where)
+    expected = jax.value_and_grad(pixel_cross_entropy)(*published_pixels())
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(found[1][:2], expected[1], rtol=1e-5, atol=1e-8)
+    np.testing.assert_array_equal(found[1][2:], 0)
+
+
+@pytest.mark.parametrize("where", [None, np.zeros(2, bool)])
+def test_without_a_labelled_pixel_the_loss_and_its_gradient_are_zero(where):
+    logits, labels = published_pixels()
+    labels = np.full_like(labels, 255) if where is None else labels
+    loss, gradient = jax.value_and_grad(pixel_cross_entropy)(logits, labels, where=where)
+    assert loss == 0
+    assert not gradient.any()
+
+
+def test_the_loss_of_pixels_is_one_number_and_needs_no_teacher():
+    logits, labels = published_pixels()
+    batch = Batch(np.zeros((2, 3, 3, 3), np.uint8), labels, np.ones(2, bool))
+    for divide, factor in ((True, 1), (False, 2)):
+        loss = PixelCrossEntropy(divide_by_batch=divide)
+        found = loss(Outputs(logits, {}), Outputs(None, {}), batch, train=True)
+        assert found == pytest.approx(factor * 0.775622731, rel=1e-6)
+
+
+def temporaries(loss, *shapes):
+    """Return the bytes that a loss with its gradient needs besides arguments and results."""
+    return jax.jit(jax.value_and_grad(loss)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere sums take in what they are of")
+def test_the_loss_of_pixels_holds_no_labels_one_hot():
+    logits = jax.ShapeDtypeStruct((2, 65, 65, 182), np.float32)
+    labels = jax.ShapeDtypeStruct((2, 65, 65), np.uint8)
+    # Exponentials and nothing else is as large as the logits; log-probabilities of labels would be so, too.
+    assert temporaries(pixel_cross_entropy, logits, labels) < 1.1 * 4 * logits.size
+
+
+def test_kd_of_maps_is_the_mean_over_the_pixels_of_each_image():
+    student, teacher = (logits_of(seed, 2 * 3 * 4).reshape(2, 3, 4, 7) for seed in (0, 1))
+    batch = Batch(np.zeros((2, 3, 4, 3), np.uint8), None, np.ones(2, bool))
+    outputs = (Outputs(jnp.asarray(logits), {}) for logits in (student, teacher))
+    found = KD(temperature=2.0)(*outputs, batch, train=True)
+    expected = [
+        4 * kl_divergence(s.reshape(-1, 7), t.reshape(-1, 7), temperature=2.0)
+        for s, t in zip(student, teacher, strict=True)
+    ]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_maps_of_logits_that_do_not_match_are_named(unchecked):
+    logits, labels = published_pixels()
+    with pytest.raises(ValueError, match=r"\(2, 3, 3, 4\) and \(2, 3, 2\)"):
+        pixel_cross_entropy(logits, labels[:, :, :2])
+    with pytest.raises(ValueError, match=r"the loss of maps is pixel_cross_entropy"):
+        cross_entropy(logits, labels)
+    with pytest.raises(ValueError, match=r"\(2, 3, 3, 4\) and \(2, 3, 2, 4\)"):
+        kl_divergence(logits, logits[:, :, :2])

@@ -256,6 +256,19 @@ def test_a_config_that_is_named_goes_before_that_of_the_run(here):
     assert (config.seed, origin) == (0, "")
 
 
+def test_a_config_of_ones_own_may_say_a_field_that_was_replaced(here):
+    (here / "mine.py").write_text(
+        "from tat_jax.configs import r18_r34\n"
+        "def get_config():\n"
+        "    config = r18_r34.get_config('smoke')\n"
+        "    config.losses.tat.layer4.per_teacher_position = True\n"
+        "    return config\n"
+    )
+    tat = read("--config=mine.py").config.losses.tat.layer4
+    assert tat.asks == "teacher"
+    assert "per_teacher_position" not in tat
+
+
 @pytest.mark.parametrize("checkpoint", ["run", "run/checkpoints/3"])
 def test_an_evaluation_of_a_checkpoint_alone_has_the_config_of_its_run(checkpoint, here):
     write_run(here / "run", seed=3)

@@ -53,6 +53,24 @@ def test_a_value_is_taken_in_every_way_it_can_be_said(arguments, name, value):
     assert (config, type(config)) == (value, type(value))
 
 
+@pytest.mark.parametrize(
+    ("argument", "asks"),
+    [
+        ("--config.losses.tat.layer4.per_teacher_position", "teacher"),
+        ("--config.losses.tat.layer4.per_teacher_position=true", "teacher"),
+        ("--noconfig.losses.tat.layer4.per_teacher_position", "student"),
+    ],
+)
+def test_a_field_that_was_replaced_may_be_said_as_before(argument, asks):
+    assert said(r18_r34.get_config(), argument).losses.tat.layer4.asks == asks
+
+
+def test_of_a_field_that_was_replaced_as_much_is_allowed_as_before():
+    argument = "--config.losses.tat.layer4.per_teacher_position=yes"
+    with pytest.raises(ValueError, match="per_teacher_position=yes: allowed is True or False"):
+        said(r18_r34.get_config(), argument)
+
+
 @pytest.mark.parametrize("nothing", ["None", "none"])
 @pytest.mark.parametrize(
     "name", ["bn_group", "optimizer.clip_norm", "student.image_size", "data.labels_per_class"]

@@ -146,6 +146,20 @@ def test_hintons_weight_stays_what_it_was_to_the_bit(tmp_path):
     assert (losses.cross_entropy.weight, losses.kd.weight, losses.kd.temperature) == (0.1, 0.9, 3.0)
 
 
+def test_a_run_that_said_a_replaced_field_continues_with_the_one_now_and_no_other(tmp_path):
+    config = written(r18_r34.get_config(), tmp_path)
+    path = tmp_path / "config.json"
+    said = json.loads(path.read_text())
+    for tap, options in said["losses"]["tat"].items():
+        del options["asks"]
+        options["per_teacher_position"] = tap == "layer4"
+    path.write_text(json.dumps(said))
+    with pytest.raises(ValueError, match=r"losses.tat.layer4.asks: teacher there, student now$"):
+        run_folder.changes(config, tmp_path, FIELDS)
+    config.losses.tat.layer4.asks = "teacher"
+    assert run_folder.changes(config, tmp_path, FIELDS) == []
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '"text"', '{"losses": 3, "tat": 1'])
 def test_a_damaged_config_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)

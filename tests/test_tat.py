@@ -1,5 +1,6 @@
 """Target-aware attention and its loss agree with the published code and with their algebra."""
 
+import functools
 import json
 import re
 import zlib
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from tat_jax import sharding
 from tat_jax.batch import Batch
 from tat_jax.losses import target_aware_attention, tat, tat_blocks, tat_fused, tat_loss
+from tat_jax.losses.patches import PatchAnchor
 from tat_jax.losses.tat import TargetAwareTransformer
 from tat_jax.networks.view import Outputs
 
@@ -247,6 +249,81 @@ def dense_loss_and_gradients(*arrays, heads):
     return jax.value_and_grad(loss, (0, 1, 2, 3))(*arrays)
 
 
+# The grid that asks, and the one that answers.
+GRIDS = [((3, 4), (2, 3)), ((2, 3), (5, 4)), ((1, 1), (3, 4)), ((3, 4), (1, 1))]
+
+
+def two_grids(asking, answering, *, depth=4, channels=6):
+    """Return query, key, value and target of two images in float64."""
+    shapes = [(*asking, depth), (*answering, depth), (*answering, channels), (*asking, channels)]
+    return [maps(2, *shape, count=1, seed=i, dtype=np.float64)[0] for i, shape in enumerate(shapes)]
+
+
+@jax.jit
+@functools.partial(jax.value_and_grad, argnums=(0, 1, 2, 3))
+def by_formula(query, key, value, target):
+    """Return the loss of two heads with its gradients, head by head and image by image."""
+    total = 0.0
+    for image in range(len(query)):
+        for head in range(2):
+            q, k, v, t = (
+                x[image].reshape(-1, 2, x.shape[-1] // 2)[:, head] for x in (query, key, value, target)
+            )
+            weights = jnp.exp(q @ k.T)
+            total += (((weights / weights.sum(1, keepdims=True)) @ v - t) ** 2).sum()
+    return total / target.size
+
+
+def assert_by_formula(measure, arrays, tolerance=1e-12):
+    expected, measured = by_formula(*arrays), measure(*arrays, heads=2)
+    for ours, reference in zip(jax.tree.leaves(measured), jax.tree.leaves(expected), strict=True):
+        assert ours.shape == reference.shape
+        np.testing.assert_allclose(ours, reference, rtol=0, atol=tolerance * (1 + np.abs(reference).max()))
+
+
+@pytest.mark.parametrize(("asking", "answering"), GRIDS)
+def test_the_positions_that_ask_and_those_that_answer_may_lie_in_two_grids(asking, answering, x64):
+    assert_by_formula(loss_and_gradients, two_grids(asking, answering))
+
+
+@pytest.mark.parametrize(("asking", "answering"), GRIDS)
+def test_blocks_take_maps_of_two_grids(asking, answering, monkeypatch, x64):
+    for module, name in ((tat, "SCORES"), (tat_blocks, "SCORES"), (tat_blocks, "LARGEST")):
+        monkeypatch.setattr(module, name, 1)  # a query a block
+    assert_by_formula(jax.value_and_grad(tat_loss, (0, 1, 2, 3)), two_grids(asking, answering))
+
+
+NO_CUDNN = pytest.mark.skipif(tat_fused._capability() < 8, reason="there is no GPU that has it")
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "tolerance"),
+    [("xla", np.float32, 1e-5), pytest.param("cudnn", jnp.bfloat16, 0.03, marks=NO_CUDNN)],
+)
+def test_the_fused_form_takes_maps_of_two_grids(implementation, dtype, tolerance):
+    with jax.enable_x64(True):
+        arrays = two_grids((3, 4), (5, 7), depth=16, channels=16)
+        expected = jax.tree.map(np.asarray, by_formula(*arrays))
+        arrays = [x.astype(dtype) for x in arrays]
+
+    def fused(*maps):
+        errors = tat_fused.errors_fused(*maps, heads=2, implementation=implementation)
+        return jnp.mean(errors) / maps[3][0].size
+
+    measured = jax.jit(jax.value_and_grad(fused, (0, 1, 2, 3)))(*arrays)
+    for ours, reference in zip(jax.tree.leaves(measured), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(np.asarray(ours, np.float64) - reference) <= tolerance * np.linalg.norm(
+            reference
+        )
+
+
+def test_values_of_other_channels_than_the_keys_are_not_fused(monkeypatch):
+    monkeypatch.setattr(tat_fused, "_capability", lambda: 9.0)
+    query, value = (jnp.zeros((1, 2, 2, channels), jnp.bfloat16) for channels in (64, 128))
+    assert tat_fused.fits(query, query, query, heads=1)
+    assert not tat_fused.fits(query, query, value, heads=1)
+
+
 def test_blocks_keep_out_images_that_do_not_count(in_blocks):
     query, key, value = maps(4, 3, 4, 8)
     where = jnp.array([True, True, True, False])
@@ -320,6 +397,28 @@ def test_taps_of_other_height_and_width_are_named(unchecked):
     student, teacher = jnp.zeros((2, 4, 4, 8)), jnp.zeros((2, 7, 7, 8))
     with pytest.raises(ValueError, match=r"\(2, 4, 4\) and \(2, 7, 7\)"):
         compare(TargetAwareTransformer(8, 8, rngs=nnx.Rngs(0)), student, teacher)
+
+
+def test_the_teacher_may_ask_a_student_of_another_grid(x64):
+    student, teacher = (maps(2, *grid, 4, count=1, dtype=np.float64)[0] for grid in ((2, 3), (5, 4)))
+    how = {"embedding_kernel": 0, "dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+    found = compare(TargetAwareTransformer(4, 4, asks="teacher", **how), student, teacher)
+    expected, _ = by_formula(teacher, student, student, teacher)
+    assert expected != pytest.approx(float(found))  # of two heads
+    found = compare(TargetAwareTransformer(4, 4, asks="teacher", heads=2, **how), student, teacher)
+    assert expected == pytest.approx(float(found), rel=1e-12)
+
+
+def test_a_student_of_another_grid_is_told_who_may_ask():
+    shapes = [
+        Outputs(None, {"decoder": jax.ShapeDtypeStruct((1, *shape), np.float32)})
+        for shape in ((33, 33, 4), (65, 65, 8))
+    ]
+    how = {"student_tap": "decoder", "teacher_tap": "decoder", "dtype": np.float32, "bn_group": None}
+    for loss in (TargetAwareTransformer, PatchAnchor):
+        with pytest.raises(ValueError, match=r"\[33, 33\], the teacher's \[65, 65\]; with asks='teacher'"):
+            loss.build(*shapes, **how, rngs=nnx.Rngs(0))
+    TargetAwareTransformer.build(*shapes, asks="teacher", **how, rngs=nnx.Rngs(0))
 
 
 def test_embeddings_start_as_pytorch_starts_them():

@@ -51,6 +51,15 @@ def test_the_kernel_gives_the_loss_and_the_gradients_of_the_formula(dtype, toler
         assert error <= tolerance * np.linalg.norm(reference)
 
 
+@pytest.mark.parametrize(("asking", "answering"), [(12, 589), (300, 12)])
+def test_the_positions_that_ask_may_be_more_or_fewer_than_those_that_answer(asking, answering):
+    (query, _, _, target), (_, key, value, _) = (maps(2, 1, n, 16) for n in (asking, answering))
+    measured = with_gradients(interpreted, MAPS)(query, key, value, target)
+    expected = with_gradients(by_formula, MAPS)(query, key, value, target)
+    for ours, reference in zip(jax.tree.leaves(measured), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(ours - reference) <= 1e-5 * np.linalg.norm(reference)
+
+
 @pytest.mark.parametrize("wanted", [(), (1,), (2,), (3,), (0, 2)])
 def test_the_kernel_gives_whichever_gradients_are_wanted(wanted):
     arrays = maps(2, 1, 12, 16)

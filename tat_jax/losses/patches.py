@@ -20,7 +20,7 @@ from tat_jax.losses.tat import ASKS, Embedding, check_maps, map_shapes, reconstr
 from tat_jax.networks.layers import BatchNorm, at_least_float32
 from tat_jax.networks.view import Outputs, OutputShapes
 
-Map = Float[Array, "batch height width channels"]
+Map = Float[Array, "batch _ _ _"]  # of one of two grids
 Pair = tuple[int, int]
 Form = Literal["stack", "batch", "sum"]
 

@@ -20,7 +20,7 @@ SCORES = 2**21
 # docs/pods.md): of an image at most, and of a batch, where that is more than `SCORES` an image.
 LARGEST, _OF_BATCH = 2**23, 2**26
 
-Heads = Float[Array, "batch heads positions depth"]
+Heads = Float[Array, "batch heads _ _"]  # positions of one of two grids, and channels
 
 
 def dot(equation: str, x: Array, y: Array) -> Array:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from tat_jax.networks.layers import at_least_float32
 
-Map = Float[Array, "batch height width channels"]
+Map = Float[Array, "batch _ _ _"]  # of one of two grids
 
 _TILE = 64  # positions that cuDNN takes at once; of odd numbers it takes none
 _HOPPER = 9.0
