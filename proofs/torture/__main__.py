@@ -23,11 +23,18 @@ from proofs.torture import (
     processes,
     strangers,
 )
+from proofs.torture.small_run import SEGMENTATION
 
 DOCUMENT = ROOT / "docs" / "torture.md"
 PARTS: Mapping[str, Part] = {
-    "kill": lambda _: kill.faults(),
-    "preemption": lambda _: preemption.faults(),
+    "kill": lambda _: [
+        *kill.faults(),
+        *kill.faults(kill.PHASES * 2, epochs=12, miniature=SEGMENTATION),
+    ],
+    "preemption": lambda _: [
+        *preemption.faults(),
+        *preemption.faults(preemption.SIGNALS * 2, epochs=12, miniature=SEGMENTATION),
+    ],
     "elastic": lambda _: elastic.faults(),
     "processes": lambda _: processes.faults(),
     "hosts": lambda _: hosts.hosts(),
