@@ -1,4 +1,4 @@
-"""What `make fidelity` proves at length, in short (`make proofs`); more of several devices: `test_devices`."""
+"""What `make fidelity` proves at length, in short (`make proofs`); see also `test_devices`."""
 
 import numpy as np
 import pytest
