@@ -1,7 +1,7 @@
 """The published training crops of segmentation, from their description with Pillow: reference for ours."""
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 
 
 def flip_scale_crop_and_blur(
@@ -36,6 +36,4 @@ def flip_scale_crop_and_blur(
 
 def _pad(image: Image.Image, size: tuple[int, int], fill: int) -> Image.Image:
     """Fill what is missing on the right and below."""
-    padded = Image.new(image.mode, size, fill if image.mode == "L" else (fill,) * 3)
-    padded.paste(image, (0, 0))
-    return padded
+    return ImageOps.expand(image, (0, 0, size[0] - image.width, size[1] - image.height), fill)

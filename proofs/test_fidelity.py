@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from proofs import rounding, torch_transforms
-from proofs.fidelity import beside_pytorch, devices, pixels, trajectories, weights
+from proofs.fidelity import beside_pytorch, devices, pixels, segmentation, trajectories, weights
 from proofs.fidelity.claim import Claim
 from proofs.photographs import photographs
 from proofs.program import Layout
@@ -16,6 +16,12 @@ from tests.claims import broken
 def test_training_reproduces_the_runs_recorded_from_the_published_code(run):
     claims = trajectories.claims_in_float64(run)
     assert len(claims) == 7
+    assert broken(claims) == []
+
+
+def test_patch_groups_and_anchors_are_those_of_the_published_segmentation_code():
+    claims = segmentation.claims()
+    assert len(claims) == 24
     assert broken(claims) == []
 
 

@@ -22,14 +22,14 @@ from tat_jax.losses.tat import TargetAwareTransformer
 from tat_jax.networks.layers import BatchNorm
 from tat_jax.networks.view import View
 from tat_jax.tasks.classification import Classification
-from tests.tiny import Tiny
+from tests.tiny import Dropping, Tiny
 
 WIDTHS = {"layer1": 4, "layer2": 8}  # of the student's taps; the teacher's are twice as wide
 WEIGHTS = {"cross_entropy": 0.5, "kd": 0.5, "tat_layer1": 0.2, "tat_layer2": 0.1}
 HEADS = {"layer1": 1, "layer2": 2}
 
 
-def make(weights=WEIGHTS, dtype=jnp.float32, bn_group=None, optimizer=None, **options):
+def make(weights=WEIGHTS, dtype=jnp.float32, bn_group=None, optimizer=None, student=Tiny, **options):
     """Return a recipe with a narrow teacher and student, its first state, and the teacher's arrays."""
     losses = {"cross_entropy": CrossEntropy(), "kd": KD(temperature=2.0)}
     for tap, width in WIDTHS.items():
@@ -44,7 +44,7 @@ def make(weights=WEIGHTS, dtype=jnp.float32, bn_group=None, optimizer=None, **op
             bn_group=bn_group,
             rngs=nnx.Rngs(2),
         )
-    student = View(Tiny(4, dtype=dtype, bn_group=bn_group, rngs=nnx.Rngs(0)))
+    student = View(student(4, dtype=dtype, bn_group=bn_group, rngs=nnx.Rngs(0)))
     teacher = View(Tiny(8, dtype=dtype, rngs=nnx.Rngs(1)))
     distillation = Distillation(student, {name: losses[name] for name in weights})
     optimizer = optimizer or optax.sgd(0.05)
@@ -207,6 +207,29 @@ def test_eight_devices_take_the_step_of_one(bn_group):
     everywhere = jax.device_put((state, teacher), sharding.replicated(mesh))
     spread = jax.device_put(batch_of(16, valid=13), sharding.batched(mesh))
     assert_same_states(step(*everywhere, spread), step(state, teacher, batch_of(16, valid=13)))
+
+
+def test_dropout_drops_the_same_on_eight_devices_as_on_one_and_something_else_at_each_step():
+    recipe, state, teacher = make({"cross_entropy": 1.0}, optimizer=optax.sgd(0.0), student=Dropping)
+    step, mesh = jax.jit(functools.partial(distill.train_step, recipe)), sharding.make_mesh()
+    everywhere = jax.device_put((state, teacher), sharding.replicated(mesh))
+    spread, losses = jax.device_put(batch_of(16), sharding.batched(mesh)), []
+    for _ in range(3):
+        state, metrics = step(state, teacher, batch_of(16))
+        after, expected = step(*everywhere, spread)
+        everywhere = after, everywhere[1]
+        losses.append(float(metrics["loss"]))
+        assert losses[-1] == pytest.approx(float(expected["loss"]), rel=1e-5)
+    assert len(set(losses)) == 3  # of the same images and, as the rate is 0, the same parameters
+
+
+def test_a_step_that_is_left_out_draws_nothing_from_a_random_stream():
+    recipe, state, teacher = make({"cross_entropy": 1.0}, student=Dropping)
+    step = jax.jit(functools.partial(distill.train_step, recipe._replace(leave_out_not_finite=True)))
+    batch = batch_of(8)
+    for pixels, drawn in ((np.full(batch.image.shape, np.nan, np.float32), 0), (batch.image, 1)):
+        state, _ = step(state, teacher, batch._replace(image=pixels))
+        assert state.variables.student.network.dropout.rngs.count.get_value() == drawn
 
 
 def test_without_a_loss_that_reads_it_there_is_no_teacher():

@@ -27,6 +27,7 @@ from tat_jax.data.sources import open_source
 from tat_jax.data.transforms import DecodeError
 from tat_jax.data.voc import Voc, colours
 from tat_jax.data.workers import AHEAD, HELD, Workers
+from tat_jax.tasks.segmentation import Segmentation
 from tests.images import encode, photograph
 
 INDICES = np.array([[0, 1, 2, 1], [3, 2, 0, 1], [1, 1, 0, 3]], np.uint8)
@@ -482,6 +483,14 @@ def fill(rows: Rows, blank: np.ndarray, chosen: list[int]) -> tuple[np.ndarray, 
 
 
 class TestRows:
+    def test_a_training_asks_for_no_sizes_and_an_evaluation_for_the_largest(self, tmp_path):
+        root = write(tmp_path, pairs("a", label=INDICES))
+        data = data_of("label_folder", root=str(root))
+        source = open_source(data, "train")
+        assert Segmentation().blank_label(data, source, train=True).shape == (16, 16)
+        assert "largest" not in vars(source)
+        assert Segmentation().blank_label(data, source, train=False).shape == INDICES.shape
+
     def test_to_evaluate_a_label_lies_untouched_top_left_in_a_canvas_of_the_largest_size(self):
         rows, blank = rows_of(data_of("digit_masks"), "val")
         _, labels, where, _ = fill(rows, blank, [3, 0, -1])

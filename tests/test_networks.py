@@ -127,6 +127,72 @@ def test_weights_of_another_network_than_the_config_s_are_named(saved, changes, 
         build(entry(weights=folder, **changes), fit_head=fit_head)
 
 
+SEGMENTING = {"architecture": "deeplab_resnet18", "small_images": False, "weights": "random"}
+
+
+@pytest.fixture
+def backbone(saved):
+    """Return the folder of a narrow ResNet-18 for larger images, and its weights."""
+    folder, was = saved(entry(small_images=False), classes=7)
+    return folder, store.network_weights(was.view.network)
+
+
+@pytest.mark.parametrize("classes", [5, 7])
+def test_a_student_starts_from_the_weights_of_its_backbone_the_rest_from_the_seed(backbone, classes):
+    folder, weights = backbone
+    drawn = build(entry(**SEGMENTING), classes=classes, seed=3)
+    found = build(entry(**SEGMENTING | {"weights": folder}), classes=classes, seed=3)
+    assert found.origin == {"head": "fresh", "source": folder}
+    assert found.arguments == drawn.arguments
+    assert found.view(jnp.zeros((1, 16, 16, 3), jnp.uint8)).logits.shape == (1, 16, 16, classes)
+    expected = store.network_weights(drawn.view.network)
+    for path, array in store.network_weights(found.view.network).items():
+        name = path.removeprefix("backbone.")
+        np.testing.assert_array_equal(array, weights[name] if name != path else expected[path])
+
+
+def test_a_teacher_is_no_backbone(backbone):
+    folder, _ = backbone
+    said = f"{folder} holds no deeplab_resnet18, but its backbone alone, resnet18"
+    with pytest.raises(ValueError, match=said):
+        build(entry(**SEGMENTING | {"weights": folder}), fit_head=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"width": 4}, "width=2, the config has 4"),
+        ({"architecture": "deeplab_resnet34"}, "architecture=resnet18, the config has deeplab_resnet34"),
+    ],
+)
+def test_a_backbone_of_another_network_than_the_config_s_is_named(backbone, changes, said):
+    folder, _ = backbone
+    with pytest.raises(ValueError, match=f"{folder} holds a network of {said}"):
+        build(entry(**SEGMENTING | {"weights": folder} | changes))
+
+
+def test_a_stem_for_small_images_is_no_backbone_s(saved):
+    folder, _ = saved()
+    with pytest.raises(ValueError, match="small_images=True, the config has False"):
+        build(entry(**SEGMENTING | {"weights": folder}))
+
+
+def test_the_same_weights_fit_any_output_stride_and_any_dropout(saved):
+    folder, was = saved(entry(**SEGMENTING))
+    changes = {"weights": folder, "output_stride": 8, "aspp_dropout": False}
+    found = build(entry(**SEGMENTING | changes), fit_head=False)
+    assert found.arguments == was.arguments | {"output_stride": 8, "aspp_dropout": False}
+    weights = store.network_weights(was.view.network)
+    for path, array in store.network_weights(found.view.network).items():
+        np.testing.assert_array_equal(array, weights[path])
+
+
+def test_weights_that_nobody_publishes_are_made_from_a_file(tmp_path):
+    command = f"convert deeplab_resnet18 --from FILE --to {tmp_path / 'none'}"
+    with pytest.raises(FileNotFoundError, match=command):
+        build(entry(**SEGMENTING | {"weights": str(tmp_path / "none")}))
+
+
 def test_weights_that_are_not_there_are_named_with_the_command_that_makes_them(tmp_path):
     folder = tmp_path / "none"
     with pytest.raises(FileNotFoundError, match=f"python -m tat_jax.convert resnet18 --to {folder}"):

@@ -31,7 +31,7 @@ from tat_jax.networks.view import View, normalize
 from tat_jax.signals import Interrupted
 from tat_jax.weights import folders, store
 from tests.interpreter import children
-from tests.tiny import Tiny
+from tests.tiny import Dropping, Tiny
 
 
 def config_of(**changes):
@@ -54,8 +54,8 @@ def config_of(**changes):
 
 
 def run(config, folder):
-    """Train a tiny student of ten classes under a tiny teacher."""
-    student = Tiny(4, classes=10, bn_group=config.bn_group, rngs=nnx.Rngs(0))
+    """Train a tiny student of ten classes, whose dropout has a random stream, under a tiny teacher."""
+    student = Dropping(4, classes=10, bn_group=config.bn_group, rngs=nnx.Rngs(0))
     teacher = Tiny(8, classes=10, rngs=nnx.Rngs(1))
     return train.run(config, folder, student=student, teacher=teacher)
 

@@ -24,3 +24,15 @@ class Tiny(nnx.Module):
         x = nnx.relu(self.bn2(self.conv2(x), train=train, where=where))
         self.sow(nnx.Intermediate, "layer2", x)
         return self.fc(x.mean((1, 2)))
+
+
+class Dropping(Tiny):
+    """A network that drops half of its logits in training."""
+
+    def __init__(self, width, *, rngs, **options):
+        super().__init__(width, rngs=rngs, **options)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, images, *, train=False, where=None):
+        logits = super().__call__(images, train=train, where=where)
+        return self.dropout(logits, deterministic=not train)

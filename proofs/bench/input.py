@@ -1,9 +1,10 @@
 """Photographs to batches of 224² crops: ours beside Pillow in a torch DataLoader and beside tf.data.
 
-`python -m proofs.bench.input [--photos FOLDER] [--json FILE]`. Each contender is a process of its own, and
-may use so many cores and no more.
+`python -m proofs.bench.input [--photos FOLDER] [--pairs FOLDER] [--json FILE]`. Each contender is a process
+of its own, and may use so many cores and no more.
 """
 
+import argparse
 import functools
 import io
 import math
@@ -20,6 +21,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from proofs.bench import segments
 from proofs.bench.handover import Asleep, Photographs, draw
 from proofs.bench.sidebyside import Row, compare_times, main
 from proofs.photographs import Photograph, add_photos
@@ -36,8 +38,8 @@ READERS, HANDED_OVER = 64, 16  # of that, times as many images
 Files = tuple[str, ...]
 
 
-def measure(photos: list[Photograph]) -> list[Row]:
-    """Compare training crops on one core and on two, and evaluation on one."""
+def measure(photos: list[Photograph], pairs: Path | None) -> list[Row]:
+    """Compare training crops on one core and on two, evaluation on one, and crops of label maps on one."""
     with tempfile.TemporaryDirectory() as folder:
         paths = []
         for i, photo in enumerate(photos):
@@ -50,6 +52,8 @@ def measure(photos: list[Photograph]) -> list[Row]:
             beside(f"{what}, beside torch", ours, torch_loader, bound=1.4),
             beside(f"{what}, beside tf.data", ours, tf_data, bound=1.2),
             beside("evaluation, one core, beside torch", ours, torch_loader, train=False, bound=1.0),
+            *measure_segments(segments.write_pairs(photos, Path(folder, "pairs")), "VOC's sizes"),
+            *(measure_segments(segments.pairs_of(pairs), pairs.name) if pairs else ()),
         ]
         if len(_cores()) > 1:
             rows += [
@@ -68,6 +72,16 @@ def measure(photos: list[Photograph]) -> list[Row]:
                 what = f"handed over, files {where}, {READERS} readers, two cores, processes beside threads"
                 rows.append(compare(files * HANDED_OVER, what, *ways, cores=(2, 2)))
         return rows
+
+
+def measure_segments(files: Files, name: str) -> list[Row]:
+    """Compare the published crops of 513² with their labels, and evaluation, on one core."""
+    what = f"segmentation, {name}, one core, beside torch"
+    contenders = segments.ours, segments.torch_loader
+    return [
+        compare(files, f"crops of {what}", *contenders, bound=1.2),
+        compare(files, f"evaluation of {what}", *contenders, train=False),
+    ]
 
 
 def ours(files: Files, cores: int, train: bool) -> None:
@@ -244,5 +258,15 @@ def _use_cores(count: int) -> None:
         os.sched_setaffinity(0, _cores()[:count])
 
 
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    add_photos(parser)
+    parser.add_argument(
+        "--pairs",
+        type=Path,
+        metavar="FOLDER",
+        help="images/train/ and labels/train/, as data.source=label_folder has",
+    )
+
+
 if __name__ == "__main__":
-    main(__doc__, measure, add_options=add_photos)
+    main(__doc__, measure, add_options=_add_options)

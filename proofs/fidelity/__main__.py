@@ -10,13 +10,24 @@ from pathlib import Path
 import jax
 
 from proofs.command import Part, make_parser, run_parts
-from proofs.fidelity import beside_pytorch, collectives, counts, ddp, devices, pixels, trajectories, weights
+from proofs.fidelity import (
+    beside_pytorch,
+    collectives,
+    counts,
+    ddp,
+    devices,
+    pixels,
+    segmentation,
+    trajectories,
+    weights,
+)
 from proofs.photographs import add_photos
 from proofs.program import ROOT
 
 DOCUMENT = ROOT / "docs" / "fidelity.md"
 PARTS: Mapping[str, Part] = {
     "trajectories": lambda _: trajectories.claims(),
+    "segmentation": lambda _: segmentation.claims(),
     "pytorch": lambda chosen: beside_pytorch.claims(
         chosen.photos, chosen.weights, DOCUMENT.with_suffix(".png")
     ),

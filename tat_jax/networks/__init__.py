@@ -116,7 +116,14 @@ def build(
     arguments = _arguments(entry, num_classes if fit_head else of_head)
     view = _view(arguments, dtype=dtype, bn_group=bn_group, rngs=rngs)
     weights, origin = stored.weights, {**stored.origin, "source": source}
-    if fit_head and (origin["head"] == "fresh" or of_head != num_classes):
+    if _is_backbone(stored, entry):
+        if not fit_head:
+            raise ValueError(
+                f"{source} holds no {entry['architecture']}, but its backbone alone, "
+                f"{stored.arguments['architecture']}: a student may start from it, a teacher may not"
+            )
+        weights, origin["head"] = _with_backbone(view.network, weights), "fresh"
+    elif fit_head and (origin["head"] == "fresh" or of_head != num_classes):
         weights = weights | _head(view.network, arguments["architecture"])
         origin["head"] = "fresh"
     store.set_weights(view.network, weights, source=source)
@@ -215,7 +222,7 @@ def _known(stored: StoredNetwork, folder: str | Place) -> StoredNetwork:
 
 def _load(entry: Entry) -> StoredNetwork:
     """Read the network that an entry names, and check that it is the one it describes."""
-    weights = entry["weights"]
+    weights, architecture = entry["weights"], find(entry["architecture"])
     folder = place(weights)
     try:
         with remote.at_hand(folder) as here:
@@ -224,15 +231,31 @@ def _load(entry: Entry) -> StoredNetwork:
         if isinstance(folder, Bucket) or folder.exists():
             raise
         raise FileNotFoundError(
-            f"no weights in {weights}; make them with: "
-            f"python -m tat_jax.convert {entry['architecture']} --to {weights}"
+            f"no weights in {weights}; make them with: python -m tat_jax.convert "
+            f"{entry['architecture']}{'' if architecture.published else ' --from FILE'} --to {weights}"
         ) from error
     described = _arguments(entry, stored.arguments["num_classes"])
+    free = {"image_size", *architecture.free}  # the same weights fit any
+    if _is_backbone(stored, entry):
+        free |= {"architecture", *architecture.options} - find(
+            stored.arguments["architecture"]
+        ).options.keys()
     for name in {**described, **stored.arguments}:
         found, wanted = (_said(name, arguments) for arguments in (stored.arguments, described))
-        if found != wanted and name != "image_size":  # which the same weights may see at any
+        if found != wanted and name not in free:
             raise ValueError(f"{weights} holds a network of {name}={found}, the config has {wanted}")
     return stored
+
+
+def _is_backbone(stored: StoredNetwork, entry: Entry) -> bool:
+    return stored.arguments["architecture"] == find(entry["architecture"]).backbone
+
+
+def _with_backbone(network: nnx.Module, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the weights of a network, its backbone's being those of the whole network that it is part of."""
+    own = store.network_weights(network)
+    below = {f"backbone.{path}": value for path, value in weights.items()}
+    return own | {path: value for path, value in below.items() if path in own}
 
 
 def _arguments(entry: Entry, num_classes: int) -> dict[str, Any]:

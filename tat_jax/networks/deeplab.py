@@ -5,6 +5,7 @@ with the sizes and names of https://github.com/jfzhang95/pytorch-deeplab-xceptio
 """
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -224,6 +225,23 @@ def _architecture(
     )
 
 
+def _torch_modules_of_mobilenet(path: str) -> tuple[str, ...]:
+    """Return the public checkpoints' names, which count within blocks what torchvision has in pairs.
+
+    The two halves of the backbone are further attributes of it.
+    """
+    found = re.fullmatch(r"backbone\.features\.(\d+)\.(.*)", path)
+    if not found:
+        return (path,)
+    number, within = int(found[1]), found[2]
+    if number:
+        first, *pair = (int(part) for part in within.removeprefix("conv.").split("."))
+        layers = 1 if number == 1 else 2  # that are pairs, and in PyTorch three modules each with their ReLU
+        within = f"conv.{3 * first + pair[0] if pair else 3 * layers + first - layers}"
+    half = "low" if number <= mobilenet.LOW_LEVEL else "high"
+    return tuple(f"backbone.{part}.{number}.{within}" for part in ("features", f"{half}_level_features"))
+
+
 def _read_arguments(
     backbone: Architecture, options: Mapping[str, Field], entries: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
@@ -245,5 +263,5 @@ ARCHITECTURES = {
         mobilenet.ARCHITECTURES["mobilenet_v2"],
         mobilenet.OPTIONS,
         kernel_init=he_normal_by_inputs,
-    )
+    )._replace(torch_modules=_torch_modules_of_mobilenet)
 }

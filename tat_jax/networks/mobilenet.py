@@ -28,7 +28,7 @@ _STAGES = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
-_LOW_LEVEL = 3  # the block whose output is DeepLab's low-level map
+LOW_LEVEL = 3  # the block whose output is DeepLab's low-level map
 _EXPANDED = {4: "layer1", 7: "layer2", 14: "layer3"}  # the blocks whose expansions are taps
 
 
@@ -192,7 +192,7 @@ class MobileNetV2(nnx.Module):
         maps = {}
         for i, block in enumerate(blocks, 1):
             x, expanded = block(x, train=train, where=where)
-            if i == _LOW_LEVEL:
+            if i == LOW_LEVEL:
                 maps["low_level"] = x
             if i in _EXPANDED:
                 maps[_EXPANDED[i]] = expanded

@@ -1,7 +1,8 @@
-"""Weights under torchvision's names, into ours and back.
+"""Weights under torchvision's names, or those of the public DeepLabV3+ checkpoints, into ours and back.
 
-Both differ in the last part alone: `weight` is `kernel` or `scale` here, and `running_mean` is `mean`. timm
-names its residual networks as torchvision does.
+Most differ in the last part alone: `weight` is `kernel` or `scale` here, and `running_mean` is `mean`. timm
+names its residual networks as torchvision does. Where modules have other names in PyTorch, too, their
+`Architecture` says so.
 """
 
 import functools
@@ -46,7 +47,7 @@ def convert_entries(
     Args:
         entries: tensors by name.
         architecture: a name of a network.
-        fresh_head: leave the head out, and start one for ImageNet's 1,000 classes afresh.
+        fresh_head: leave the head out, and start one for the classes of ImageNet, or VOC, afresh.
         prefix: under which to look, where several networks are there.
         ema: take the moving average of the network instead of the network.
         source: what errors call the entries, and the network its origin; the origin says what was `taken`,
@@ -58,6 +59,7 @@ def convert_entries(
     """
     head = _head(architecture)
     entries, taken = _of_network(entries, architecture, prefix=prefix, ema=ema, source=source)
+    entries = _without_doubles(entries, architecture, source)
     if fresh_head:
         entries = {name: array for name, array in entries.items() if name not in head}
     elif not any(name in entries for name in head) and _body(architecture) <= entries.keys():
@@ -66,17 +68,18 @@ def convert_entries(
     if empty:  # Its shape may claim any width and any number of classes.
         raise ValueError(f"{source} has no numbers in {', '.join(empty)}")
     entries, arguments, shapes = _laid_out(entries, architecture)
-    expected = _in_torch(shapes)
+    expected = _in_torch(shapes, architecture)
     if fresh_head:
         expected = {name: shape for name, shape in expected.items() if name not in head}
     store.check_entries({name: a.shape for name, a in entries.items()}, expected, source=source)
     _check_numbers(entries, source)
+    names = {path: torch_names(path, architecture)[0] for path in shapes}
     weights: store.Weights = {
-        path: to_ours(path, entries[torch_name(path)]) for path in shapes if torch_name(path) in entries
+        path: to_ours(path, entries[name]) for path, name in names.items() if name in entries
     }
     if fresh_head:
         own = store.network_weights(networks.construct(arguments, rngs=nnx.Rngs(0)))
-        weights |= {path: value for path, value in own.items() if torch_name(path) in head}
+        weights |= {path: value for path, value in own.items() if names[path] in head}
     origin = {"head": "fresh" if fresh_head else "trained", "source": source}
     return StoredNetwork(weights, arguments, origin | ({"taken": taken} if taken else {}))
 
@@ -90,7 +93,7 @@ def _head(architecture: str) -> tuple[str, str]:
 def _body(architecture: str) -> frozenset[str]:
     """Return the names of a network's arrays, but for its head's."""
     shapes = _shapes({"architecture": architecture, "num_classes": 1})
-    return frozenset(map(torch_name, shapes)) - {*_head(architecture)}
+    return frozenset(torch_names(path, architecture)[0] for path in shapes) - {*_head(architecture)}
 
 
 def _of_network(
@@ -105,6 +108,20 @@ def _of_network(
         entries = without
     found = find(entries, own, source=source, **choice)
     return {name: entries[place] for name, place in found.names.items()}, found.said
+
+
+def _without_doubles(entries: Entries, architecture: str, source: str) -> Entries:
+    """Return the entries without those that PyTorch has under a further name."""
+    entries = dict(entries)
+    for path in _shapes({"architecture": architecture, "num_classes": 1}):
+        first, *others = torch_names(path, architecture)
+        for name in others:
+            double = entries.pop(name, None)
+            if double is not None and not np.array_equal(double, entries.get(first, double)):
+                raise ValueError(
+                    f"{source} has other numbers in {name} than in {first}, which are one module"
+                )
+    return entries
 
 
 def _in_torch_names(entries: Mapping[str, np.ndarray], source: str) -> Entries:
@@ -133,7 +150,7 @@ def _laid_out(
         arguments = {"architecture": architecture, **networks.find(architecture).read_arguments(turned)}
         shapes = _shapes(arguments)
         found.append((turned, arguments, shapes))
-        expected = _in_torch(shapes)
+        expected = _in_torch(shapes, architecture)
         if all(a.ndim != 4 or expected.get(n, a.shape) == a.shape for n, a in turned.items()):
             return found[-1]
     return found[0]
@@ -153,7 +170,7 @@ def _check_numbers(entries: Entries, source: str) -> None:
 
 
 def export_entries(network: StoredNetwork, own: nnx.Module | None = None) -> Entries:
-    """Return the weights of a network under torchvision's names, in PyTorch's layouts.
+    """Return the weights of a network under the names that it has in PyTorch, in PyTorch's layouts.
 
     Args:
         network: the weights.
@@ -166,9 +183,11 @@ def export_entries(network: StoredNetwork, own: nnx.Module | None = None) -> Ent
         _check_kernels(network.weights, own)
     elif not network.arguments:
         raise ValueError("this is a network of your own; name what builds it, as --student mine.py:build")
+    architecture = None if own is not None else network.arguments["architecture"]
     return {
-        torch_name(path): np.ascontiguousarray(to_torch(path, np.asarray(array)))
+        name: np.ascontiguousarray(to_torch(path, np.asarray(array)))
         for path, array in network.weights.items()
+        for name in torch_names(path, architecture)
     }
 
 
@@ -185,9 +204,17 @@ def _check_kernels(weights: Mapping[str, Any], network: nnx.Module) -> None:
 
 
 def torch_name(path: str) -> str:
-    """Return torchvision's name of one of our attribute paths."""
+    """Return PyTorch's name of an attribute path, its module having the same."""
     module, dot, leaf = path.rpartition(".")
     return f"{module}{dot}{_LEAVES.get(leaf, leaf)}"
+
+
+def torch_names(path: str, architecture: str | None) -> tuple[str, ...]:
+    """Return PyTorch's names of an attribute path of an architecture; of None, which is the user's own."""
+    if architecture is None:
+        return (torch_name(path),)
+    module, _, leaf = path.rpartition(".")
+    return tuple(torch_name(f"{name}.{leaf}") for name in networks.find(architecture).torch_modules(module))
 
 
 def to_ours(path: str, array: np.ndarray) -> np.ndarray:
@@ -207,10 +234,10 @@ def to_torch(path: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _in_torch(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def _in_torch(shapes: dict[str, tuple[int, ...]], architecture: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes that a network's arrays have in PyTorch, by their names there."""
     return {
-        torch_name(path): to_torch(path, np.broadcast_to(np.float32(0), shape)).shape
+        torch_names(path, architecture)[0]: to_torch(path, np.broadcast_to(np.float32(0), shape)).shape
         for path, shape in shapes.items()
     }
 
