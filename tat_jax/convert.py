@@ -75,7 +75,7 @@ def _export(run: buckets.Place, options: argparse.Namespace) -> None:
 
     student = load_builder(options.student) if options.student else None
     exported = export(run, options.export, options.checkpoint, student=student)
-    names = "the names of its attributes" if student else "torchvision's names"
+    names = "the names of its attributes" if student else "its names in PyTorch"
     print(f"{options.export}: {exported.entries} entries under {names}, from {exported.folder}")
     if exported.usage:
         print(f"{exported.usage}: its classes, and the size, mean and standard deviation of its images")
