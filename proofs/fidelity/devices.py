@@ -19,6 +19,7 @@ class Case(NamedTuple):
 
 
 LAYOUTS = (Layout(1, 1), Layout(1, 2), Layout(1, 4), Layout(1, 8), Layout(2, 4))
+BOUNDS = {"float32": rounding.SINGLE, "float64": rounding.DOUBLE}
 # The last of each is of fewer images.
 CLASSIFICATION = Case("r18_r34.py:smoke", ("--config.data.labels_per_class=10",))
 SEGMENTATION = Case(
@@ -30,14 +31,25 @@ def claims() -> list[Claim]:
     """Compare the losses of seven steps on every layout with those on one device."""
     return [
         claim
-        for case, what, bn in (
-            (CLASSIFICATION, "BatchNorm over the whole batch", ()),
-            (CLASSIFICATION, "BatchNorm over 8 groups", ("--config.bn_group=2",)),
-            (SEGMENTATION, "segmentation", ()),
-        )
-        for dtype, bound in (("float32", rounding.SINGLE), ("float64", rounding.DOUBLE))
+        for groups, bn in (("the whole batch", ()), ("8 groups", ("--config.bn_group=2",)))
+        for dtype, bound in BOUNDS.items()
         for claim in compare(
-            LAYOUTS, *bn, f"--config.dtype={dtype}", case=case, name=f"{dtype}, {what}", bound=bound
+            LAYOUTS, *bn, f"--config.dtype={dtype}", name=f"{dtype}, BatchNorm over {groups}", bound=bound
+        )
+    ]
+
+
+def claims_of_segmentation() -> list[Claim]:
+    """Compare likewise those of a segmentation whose teacher is in training mode, with dropout in both."""
+    return [
+        claim
+        for dtype, bound in BOUNDS.items()
+        for claim in compare(
+            LAYOUTS,
+            f"--config.dtype={dtype}",
+            case=SEGMENTATION,
+            name=f"segmentation in {dtype}",
+            bound=bound,
         )
     ]
 

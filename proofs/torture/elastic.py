@@ -8,7 +8,7 @@ from pathlib import Path
 from proofs import rounding
 from proofs.program import logged
 from proofs.torture.fault import Fault, judge
-from proofs.torture.small_run import CLASSIFICATION, SEGMENTATION, Miniature, Run, contents, finish, rows
+from proofs.torture.small_run import CLASSIFICATION, Miniature, Run, contents, finish, rows
 
 _TAKEN = {
     "--config.epochs=3": "epochs: 2 there, 3 now",
@@ -24,15 +24,14 @@ _REFUSED = {
 def faults() -> list[Fault]:
     """Move a run from 8 devices to 2 and to 1, and change its config."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        moved = [device_fault(folder / of.config, of) for of in (CLASSIFICATION, SEGMENTATION)]
-        return [*moved, *_configs(folder)]
+        return [device_fault(Path(temporary)), *_configs(Path(temporary))]
 
 
 def device_fault(folder: Path, miniature: Miniature = CLASSIFICATION) -> Fault:
     """Move a run from 8 devices to 2 and to 1, in a folder."""
     whole, moved = folder / "whole", folder / "moved"
-    options = (rounding.RATE, "--config.epochs=4", "--config.bn_group=2")
+    group = f"--config.bn_group={miniature.batch_size // 8}"
+    options = (rounding.RATE, "--config.epochs=4", group)
     finish(whole, *options, miniature=miniature, devices=8)
     for devices, threads, until in ((8, 2, 4), (2, 0, 11)):
         threads_of_it = f"--config.data.threads={threads}"

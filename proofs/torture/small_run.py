@@ -22,22 +22,26 @@ class Miniature(NamedTuple):
 
     Attributes:
         config: its file and argument.
+        batch_size: of an epoch of `STEPS` steps.
         changes: fields besides.
         name: in tables, after what was done to it; empty of the classification.
     """
 
     config: str
+    batch_size: int
     changes: Mapping[str, Any]
     name: str = ""
 
     @property
     def options(self) -> list[str]:
         """Return the changes as a command line has them."""
-        return [f"--config.{name}={value}" for name, value in self.changes.items()]
+        changes = {"batch_size": self.batch_size, **self.changes}
+        return [f"--config.{name}={value}" for name, value in changes.items()]
 
 
 CLASSIFICATION = Miniature(
     "r18_r34.py:smoke",
+    16,
     {
         "data.labels_per_class": 8,
         "data.image_size": 16,
@@ -52,8 +56,8 @@ CLASSIFICATION = Miniature(
 # With a teacher in training mode, dropout in both networks and a loss that trains.
 SEGMENTATION = Miniature(
     "seg_voc_r18.py:smoke",
+    32,
     {
-        "batch_size": 32,
         "data.image_size": 33,
         "teacher.architecture": "deeplab_resnet18",
         "student.width": 2,
