@@ -13,7 +13,7 @@ from flax import nnx
 from proofs.torch_deeplab import TorchDeepLab
 from proofs.torch_resnet import randomize
 from tat_jax import convert, networks
-from tat_jax.networks.interpolation import convolve_interpolated, interpolate, matrix
+from tat_jax.networks.interpolation import convolve_interpolated, interpolate
 from tat_jax.networks.view import View
 from tat_jax.weights import store
 from tat_jax.weights.names import convert_entries, export_entries
@@ -243,10 +243,3 @@ def test_interpolation_is_pytorch_s_with_aligned_corners(size_in, size_out):
     expected = torch.nn.functional.interpolate(maps, (size_out, 7), mode="bilinear", align_corners=True)
     found = interpolate(jnp.asarray(x), size_out, 7)
     np.testing.assert_allclose(found, rearrange(expected, "b c h w -> b h w c"), rtol=2e-6, atol=5e-7)
-
-
-def test_rows_of_an_interpolation_are_made_for_a_size_that_only_the_device_knows():
-    rows = jnp.arange(3, 9)
-    found = jax.jit(lambda size: matrix(5, size, rows=rows))(jnp.int32(17))
-    np.testing.assert_array_equal(found, matrix(5, 17)[3:9])
-    np.testing.assert_array_equal(matrix(7, 7), np.eye(7))
