@@ -41,8 +41,7 @@ def device_fault(folder: Path, miniature: Miniature = CLASSIFICATION) -> Fault:
     error = rounding.largest_relative_error(logged(moved), logged(whole))
     differ = f"losses differ by {error:.1e} at most"
     wrong = [differ] if error > rounding.SINGLE else []
-    name = f"8 devices, then 2, then 1; 2 threads, 0, 3{miniature.name}"
-    return judge(name, 2, wrong, f"nothing; {differ}")
+    return judge("8 devices, then 2, then 1; 2 threads, 0, 3", 2, wrong, f"nothing; {differ}")
 
 
 def _stop_after(run: Run, steps: int) -> None:

@@ -54,7 +54,7 @@ def faults(
             different.append(f"steps logged: {steps}")
     lost = f"nothing; at most {repeated} steps computed anew"
     return [
-        judge(f"SIGKILL in {phase}, run again{miniature.name}", phases.count(phase), different, lost)
+        judge(f"SIGKILL in {phase}, run again", phases.count(phase), different, lost)
         for phase in dict.fromkeys(phases)
     ]
 

@@ -49,10 +49,7 @@ def faults(
         found.append(("Ctrl-C twice, run again", 1, f"ended within {seconds:.2f} s of the second", wrong))
         finish(stopped, option, miniature=miniature)
         different = differences(stopped, whole)
-    return [
-        judge(f"{name}{miniature.name}", tried, [*different, *wrong], f"nothing; {how}")
-        for name, tried, how, wrong in found
-    ]
+    return [judge(name, tried, [*different, *wrong], f"nothing; {how}") for name, tried, how, wrong in found]
 
 
 def _at_work(folder: Path, option: str, miniature: Miniature) -> Run:

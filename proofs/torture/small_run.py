@@ -24,13 +24,11 @@ class Miniature(NamedTuple):
         config: its file and argument.
         batch_size: of an epoch of `STEPS` steps.
         changes: fields besides.
-        name: in tables, after what was done to it; empty of the classification.
     """
 
     config: str
     batch_size: int
     changes: Mapping[str, Any]
-    name: str = ""
 
     @property
     def options(self) -> list[str]:
@@ -67,7 +65,6 @@ SEGMENTATION = Miniature(
         "losses.patch_anchor.decoder.anchors": "(3,3)",
         "checkpoint_minutes": 0.01,
     },
-    ", segmentation",
 )
 
 
