@@ -17,8 +17,8 @@ from tat_jax.batch import Batch
 from tat_jax.configs import base
 from tat_jax.data.digit_masks import DigitMasks
 from tat_jax.data.label_maps import IGNORED, OUTSIDE
-from tat_jax.data.sources import Digits
 from tat_jax.data.pipeline import open_pipeline
+from tat_jax.data.sources import Digits
 from tat_jax.evaluate import jit_eval_step
 from tat_jax.metrics import is_evaluation, read_rows
 from tat_jax.networks.view import Outputs
