@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from tat_jax import fields, losses
 from tat_jax.experiment import FIELDS
 from tat_jax.losses import LOSSES
+from tat_jax.schedules import is_zero
 
 TAPS = ("layer1", "layer2", "layer3", "layer4")
 DECODER = "decoder"  # the tap of DeepLabV3+ that is distilled
@@ -74,12 +75,24 @@ def finish(config: ConfigDict, argument: str) -> ConfigDict:
         raise ValueError(f"the config takes the argument 'smoke' or none, not {argument!r}")
     if argument == "smoke":
         config.epochs = 1
-        config.batch_size = 16
         config.log_every = 1
         config.eval_every = 1
-        config.student.weights = config.teacher.weights = "random"
-        config.student.width = config.teacher.width = 8
-        config.data.update(
-            {"source": "digits", "labels_per_class": 3, "image_size": 64, "eval_resize": 64, "threads": 2}
-        )
+        for which in (config.student, config.teacher):
+            which.weights = "random"
+            if "resnet" in which.architecture:
+                which.width = 8
+        if config.task == "segmentation":
+            _make_small_segmentation(config)
+        else:
+            config.batch_size = 16
+            config.data.update(
+                {"source": "digits", "labels_per_class": 3, "image_size": 64, "eval_resize": 64, "threads": 2}
+            )
     return config
+
+
+def _make_small_segmentation(config: ConfigDict) -> None:
+    config.batch_size = 8
+    config.data.update({"source": "digit_masks", "image_size": 65, "sbd_root": None, "threads": 2})
+    if not is_zero(config.losses.patch_anchor.decoder.weight):  # of a tap of 17 × 17
+        config.losses.patch_anchor.decoder.update({"patches": (4, 4), "groups": 4, "anchors": (4, 4)})

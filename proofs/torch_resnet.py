@@ -72,7 +72,7 @@ def random_torch_resnet(architecture, *, seed=0, **kwargs):
 
 
 def randomize(model):
-    """Draw a network's normalisation anew, and return it."""
+    """Draw a network's statistics, scales and biases, which PyTorch begins with zeros and ones; return it."""
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if name.endswith(("running_mean", "bias")):

@@ -13,11 +13,11 @@ from proofs.torch_resnet import TorchResNet
 
 
 class TorchEmbedding(nn.Module):
-    """BN(conv3×3(x)), under the published names."""
+    """BN(conv(x)), of 3×3 unless another size is given, under the published names."""
 
-    def __init__(self, fan_in, fan_out):
+    def __init__(self, fan_in, fan_out, size=3):
         super().__init__()
-        self.conv2d = nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False)
+        self.conv2d = nn.Conv2d(fan_in, fan_out, size, padding=size // 2, bias=False)
         self.l2norm = nn.BatchNorm2d(fan_out)
 
     def forward(self, x):

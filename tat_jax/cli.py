@@ -310,7 +310,7 @@ def _run(experiment: Experiment) -> None:
         if jax.process_index() == 0:
             print(report)
             print(f"run folder {folder}, picture {folder / 'curves.png'}")
-    if _MODE.value != "train" and outputs.are_lost():
+    if _MODE.value in ("eval", "check") and outputs.are_lost():
         sys.exit(1)  # to say what it found was all that it was for
 
 

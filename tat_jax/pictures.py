@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from tat_jax import overlays, paths
 from tat_jax.captions import LINE, fit, font
 from tat_jax.data.pipeline import Pipeline
-from tat_jax.data.source import Label, Source, class_names, printable
+from tat_jax.data.source import Label, Source, class_colours, class_names, printable
 from tat_jax.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def _is_map(label: Label) -> TypeGuard[np.ndarray]:
 
 
 def _colours(source: Source) -> np.ndarray:
-    return overlays.palette(source.num_classes, getattr(source, "colours", None))
+    return overlays.palette(source.num_classes, class_colours(source))
 
 
 def _with_label(image: np.ndarray, label: Label, colours: np.ndarray) -> np.ndarray:

@@ -196,6 +196,7 @@ def _jit_forward(mesh: Mesh) -> jax.stages.Wrapped:
 def _check_apart(source: UnlabelledFolder, images: Path, out: Path) -> None:
     """Raise a ValueError where what is written would be among the images."""
     here, there = Path(os.path.realpath(out)), Path(os.path.realpath(images))
+    # Nor within it: `labels` beside a folder of images may hold the truth.
     looked_into = (Path(os.path.realpath(folder)) for folder in source.folders)
     if here.is_relative_to(there) or any(folder.is_relative_to(here) for folder in looked_into):
         raise ValueError(

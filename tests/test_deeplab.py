@@ -13,7 +13,7 @@ from flax import nnx
 from proofs.torch_deeplab import TorchDeepLab
 from proofs.torch_resnet import randomize
 from tat_jax import convert, networks
-from tat_jax.networks.interpolation import interpolate, matrix
+from tat_jax.networks.interpolation import convolve_interpolated, interpolate
 from tat_jax.networks.view import View
 from tat_jax.weights import store
 from tat_jax.weights.names import convert_entries, export_entries
@@ -117,6 +117,16 @@ def test_at_an_output_stride_of_8_taps_and_logits_are_pytorch_s(backbone, of_bac
     assert found.taps["layer4"].shape[1:3] == (5, 5)
     for ours, expected in ((found.logits, logits), *((found.taps[tap], taps[tap]) for tap in taps)):
         assert_close(ours, rearrange(expected.detach().numpy(), "b c h w -> b h w c"))
+
+
+@pytest.mark.parametrize("size", [(9, 13), (17, 8)])
+def test_a_convolution_of_interpolated_maps_needs_no_large_maps(size, x64):
+    rng = np.random.default_rng(0)
+    small, kernel = jnp.asarray(rng.normal(size=(2, 5, 4, 3))), jnp.asarray(rng.normal(size=(3, 3, 3, 2)))
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    large = interpolate(small, *size)
+    expected = jax.lax.conv_general_dilated(large, kernel, (1, 1), "SAME", dimension_numbers=dimensions)
+    np.testing.assert_allclose(convolve_interpolated(small, kernel, *size), expected, rtol=1e-10, atol=1e-12)
 
 
 def without_dropout(model):
@@ -233,10 +243,3 @@ def test_interpolation_is_pytorch_s_with_aligned_corners(size_in, size_out):
     expected = torch.nn.functional.interpolate(maps, (size_out, 7), mode="bilinear", align_corners=True)
     found = interpolate(jnp.asarray(x), size_out, 7)
     np.testing.assert_allclose(found, rearrange(expected, "b c h w -> b h w c"), rtol=2e-6, atol=5e-7)
-
-
-def test_rows_of_an_interpolation_are_made_for_a_size_that_only_the_device_knows():
-    rows = jnp.arange(3, 9)
-    found = jax.jit(lambda size: matrix(5, size, rows=rows))(jnp.int32(17))
-    np.testing.assert_array_equal(found, matrix(5, 17)[3:9])
-    np.testing.assert_array_equal(matrix(7, 7), np.eye(7))

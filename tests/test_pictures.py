@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from tat_jax.configs import base
+from tat_jax.data.label_maps import OUTSIDE
 from tat_jax.data.pipeline import open_pipeline
-from tat_jax.pictures import _caption, draw_images
+from tat_jax.overlays import legend, names, overlay, palette
+from tat_jax.pictures import _caption, draw_crops, draw_images
 
 NAMES = ["ant", "\u72ac", "\U0001f41d", "line\nbreak", "\u0645\u0631\u062d\u0628\u0627", "x" * 200, "a\udce9"]
 
@@ -39,3 +41,44 @@ def test_a_class_that_has_no_name_is_shown_by_its_number_and_a_map_by_its_file()
     assert _caption(3, "a/b.jpg", ants) == "3"
     assert _caption(0, "a/b.jpg", ants) == "ant"
     assert _caption(np.zeros((2, 2), np.uint8), "a/b.jpg", ants) == "b.jpg"
+
+
+def scenes(split):
+    config = base.base()
+    config.task = "segmentation"
+    config.data.update({"source": "digit_masks", "image_size": 65, "threads": 0})
+    return open_pipeline(config, split)
+
+
+def cell(picture, block, i, rows):
+    """Return the image that is drawn in a block of so many rows of eight."""
+    top = block * (18 + rows * (130 + 18)) + 18 + i // 8 * (130 + 18)
+    return picture[top : top + 130, 3 + i % 8 * (130 + 6) :][:, :130]
+
+
+def test_label_maps_lie_over_their_images_and_a_legend_says_what_colours_are(tmp_path):
+    splits = {split: scenes(split) for split in ("train", "val")}
+    draw_images(*splits.values(), tmp_path / "images.png")
+    with Image.open(tmp_path / "images.png") as opened:
+        picture = np.asarray(opened)
+    colours, labels = palette(11), []
+    for block, data in enumerate(splits.values()):
+        for i, (image, label, _) in enumerate(data.look(16)):
+            labels.append(label)
+            if block:  # squashed like its image
+                inside = label[: (label[:, 0] != OUTSIDE).sum(), : (label[0] != OUTSIDE).sum()]
+                label = np.asarray(Image.fromarray(inside).resize((65, 65), Image.Resampling.NEAREST))
+            expected = overlay(image, label, colours).repeat(2, 0).repeat(2, 1)
+            np.testing.assert_array_equal(cell(picture, block, i, rows=2), expected)
+    below = picture[2 * (18 + 2 * (130 + 18)) :]
+    drawn = legend(names(labels, ["background", *"0123456789"]), colours, picture.shape[1])
+    np.testing.assert_array_equal(below, drawn)
+
+
+def test_crops_to_train_on_are_drawn_alone_and_with_their_label_maps(tmp_path):
+    draw_crops(scenes("train"), tmp_path / "check.png")
+    with Image.open(tmp_path / "check.png") as opened:
+        picture = np.asarray(opened)
+    for i, (image, label, _) in enumerate(scenes("train").look(8)):
+        for block, expected in enumerate((image, overlay(image, label, palette(11)))):
+            np.testing.assert_array_equal(cell(picture, block, i, rows=1), expected.repeat(2, 0).repeat(2, 1))

@@ -1,9 +1,9 @@
 """Predictions of a folder of images: what is written where, by whatever devices, and what goes wrong."""
 
 import csv
+import functools
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,15 +11,22 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
-from tat_jax import networks, predict, sharding
-from tat_jax.configs import r18_r34
+from proofs.program import Layout, run_everywhere
+from tat_jax import evaluate, networks, predict, sharding
+from tat_jax.configs import base, r18_r34
+from tat_jax.data.digit_masks import DigitMasks
+from tat_jax.data.label_maps import IGNORED
+from tat_jax.data.rows import decoding
 from tat_jax.data.transforms import decode
+from tat_jax.overlays import overlay, palette
 from tat_jax.signals import Interrupted
 from tat_jax.tasks.classification import Classification
 from tat_jax.weights import store
 from tests.images import encode, photograph
 
+COLOURS = np.random.default_rng(0).integers(0, 256, (11, 3)).astype(np.uint8)
 MAIN = Path(__file__).parents[1] / "main.py"
 CLASSES = ["ant", "bee", "cat, tame", "d\u00f6g", "e\udce9l", "f"]
 PATHS = ["b/1.jpg", "b/a/2.png", "c d/\u00fc.jpeg", "3.JPG", 'z/"x",\n\udce9.jpg']
@@ -55,19 +62,34 @@ def images(tmp_path):
     return tmp_path / "in"
 
 
+def scenes_config():
+    config = base.base()
+    config.task, config.batch_size = "segmentation", 16
+    config.data.update({"source": "digit_masks", "image_size": 65, "threads": 1})
+    return config
+
+
+def use_devices(monkeypatch, count):
+    monkeypatch.setattr(sharding, "make_mesh", lambda make=sharding.make_mesh: make(jax.devices()[:count]))
+
+
 def read(path):
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         return list(csv.reader(file))
 
 
+@functools.cache
+def network(weights):
+    graph, state = nnx.split(networks.restore(weights).view)
+    return jax.jit(lambda images: jax.nn.softmax(nnx.merge(graph, state)(images).logits))
+
+
 def expected(weights, images, config):
-    """Return the lines of the table, one image after the other."""
-    view = networks.restore(weights).view
+    """Return the lines of the table, of a network that sees the images as the evaluation does."""
+    files = [decode((images / name).read_bytes(), name, **decoding(config.data)) for name in ORDER]
+    pixels = [Classification().transform(image, None, None, config.data)[0] for image in files]
     lines = []
-    for name in ORDER:
-        image = decode((images / name).read_bytes(), name, exif_orientation=config.data.exif_orientation)
-        pixels, _ = Classification().transform(image, None, None, config.data)
-        probabilities = np.asarray(jax.nn.softmax(view(pixels[None]).logits))[0]
+    for name, probabilities in zip(ORDER, np.asarray(network(weights)(np.stack(pixels))), strict=True):
         five = np.argsort(-probabilities, kind="stable")[:5]
         lines.append((name, [CLASSES[value] for value in five], probabilities[five]))
     return lines
@@ -81,11 +103,11 @@ def assert_is_table(path, lines):
         np.testing.assert_allclose(np.array(row[2::2], float), probabilities, atol=2e-6)
 
 
-@pytest.mark.parametrize(("devices", "batch_size", "readers"), [(1, 2, 0), (8, 16, 0), (8, 256, 2)])
+@pytest.mark.parametrize(("devices", "batch_size", "readers"), [(1, 2, 0), (8, 256, 2)])
 def test_the_most_likely_classes_of_each_image_are_those_of_its_evaluation(
     weights, images, tmp_path, monkeypatch, devices, batch_size, readers
 ):
-    monkeypatch.setattr(sharding, "make_mesh", lambda make=sharding.make_mesh: make(jax.devices()[:devices]))
+    use_devices(monkeypatch, devices)
     config = config_of(processes=readers)
     config.batch_size = batch_size
     found = predict.run(config, "nowhere", weights, images, tmp_path / "out")
@@ -99,17 +121,11 @@ def test_images_are_transformed_as_the_config_says(weights, images, tmp_path):
     (images / "3.JPG").write_bytes(
         encode(turned, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0")
     )
-    tables = {}
-    for name, data in {
-        "upright": {"exif_orientation": True},
-        "turned": {},
-        "other": {"eval_resize": 16},
-    }.items():
-        config = config_of(**data)
-        predict.run(config, "nowhere", weights, images, tmp_path / name)
-        assert_is_table(tmp_path / name / "predictions.csv", expected(weights, images, config))
-        tables[name] = read(tmp_path / name / "predictions.csv")
-    assert tables["upright"] != tables["turned"] != tables["other"]
+    config = config_of(exif_orientation=True, eval_resize=16)
+    predict.run(config, "nowhere", weights, images, tmp_path / "out")
+    assert_is_table(tmp_path / "out" / "predictions.csv", expected(weights, images, config))
+    with pytest.raises(AssertionError):
+        assert_is_table(tmp_path / "out" / "predictions.csv", expected(weights, images, config_of()))
 
 
 def test_files_that_are_no_images_are_left_out_and_each_is_told(weights, images, tmp_path):
@@ -207,27 +223,139 @@ def test_a_head_that_nobody_trained_predicts_nothing(images, tmp_path):
         predict.run(config_of(), "nowhere", str(tmp_path / "fresh"), images, tmp_path / "out")
 
 
+@pytest.fixture(scope="module")
+def deeplab(tmp_path_factory):
+    """Gives a narrow DeepLabV3+ of random weights: what matters is what becomes of its logits."""
+    folder = tmp_path_factory.mktemp("weights") / "deeplab"
+    arguments = {"architecture": "deeplab_resnet18", "num_classes": 11, "width": 2}
+    found = store.network_weights(networks.construct(arguments, rngs=nnx.Rngs(0)))
+    usage = {"num_classes": 11, "classes": DigitMasks("val").classes, "colours": COLOURS.tolist()}
+    store.save_network(
+        folder, store.StoredNetwork(found, arguments, {"head": "trained", "source": "a test"}, usage)
+    )
+    return str(folder)
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    """Gives a folder of the scenes to validate."""
+    found = DigitMasks("val")
+    for i in range(len(found)):
+        path = tmp_path / "in" / f"{i % 3}" / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(found[i].image).save(path)
+    return tmp_path / "in"
+
+
+def test_label_maps_are_those_that_the_evaluation_measures_at_the_sizes_of_the_images(
+    deeplab, scenes, tmp_path
+):
+    predicted = predict.run(scenes_config(), "nowhere", deeplab, scenes, tmp_path / "out")
+    assert str(predicted).startswith("48 images, ")
+    truths, confusion = DigitMasks("val"), np.zeros((11, 11), int)
+    for i in range(len(truths)):
+        name = f"{i % 3}/{i:03}"
+        with Image.open(tmp_path / "out" / "labels" / f"{name}.png") as opened:
+            assert (opened.mode, opened.getpalette()) == ("P", palette(11, COLOURS).ravel().tolist())
+            found = np.asarray(opened)
+        image, truth, _ = truths[i]
+        assert found.shape == truth.shape
+        np.add.at(confusion, (truth[truth != IGNORED], found[truth != IGNORED]), 1)
+        with Image.open(tmp_path / "out" / "overlays" / f"{name}.jpg") as opened:
+            drawn = np.asarray(opened).astype(int)
+        assert np.abs(drawn - overlay(image, found, palette(11, COLOURS))).mean() < 12  # of JPEG
+    evaluated = evaluate.run(scenes_config(), "nowhere", deeplab)
+    np.testing.assert_array_equal(confusion, evaluated.confusion)
+    assert (confusion.sum(0) > 0).sum() > 1  # not one class for all
+
+
+def test_label_maps_of_all_sizes_lie_where_they_lay_and_keep_their_endings_where_they_need_them(
+    deeplab, tmp_path, monkeypatch
+):
+    use_devices(monkeypatch, 1)
+    sizes = {"a.png": (1, 1), "a.jpg": (3, 130), "b/c.png": (130, 3), "b/\udce9.jpg": (20, 30)}
+    for name, (height, width) in sizes.items():
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(photograph(height, width), "PNG" if name.endswith("png") else "JPEG"))
+    (tmp_path / "in" / "b" / "broken.png").write_bytes(b"no image")
+    found = predict.run(scenes_config(), "nowhere", deeplab, tmp_path / "in", tmp_path / "out")
+    assert (found.images, len(found.skipped)) == (4, 1)
+    for name, (height, width) in sizes.items():
+        for picture in (f"labels/{name}.png", f"overlays/{name}.jpg"):
+            with Image.open(tmp_path / "out" / picture) as opened:
+                assert opened.size == (width, height)
+    assert len([path for path in (tmp_path / "out").rglob("*") if path.is_file()]) == 8
+
+
+def test_a_full_disk_is_told_in_a_line_and_leaves_only_whole_files(deeplab, scenes, tmp_path, monkeypatch):
+    write = Path.write_bytes
+
+    def fail_at_the_tenth(path, data):
+        write(path, data[:10])
+        if len(list((tmp_path / "out" / "labels").rglob("*.png"))) > 10:
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", fail_at_the_tenth)
+    with pytest.raises(OSError, match=r"^cannot write .*\.(png|jpg): No space left on device$"):
+        predict.run(scenes_config(), "nowhere", deeplab, scenes, tmp_path / "out")
+    left = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert 10 < len(left) < 96
+    for path in left:
+        with Image.open(path) as opened:
+            opened.load()
+
+
+def test_a_network_of_another_task_is_named(deeplab, scenes, tmp_path):
+    config = scenes_config()
+    config.task = "classification"
+    config.data.eval_resize = 65
+    with pytest.raises(ValueError, match=r"logits of an image are \[65, 65, 11\], not one for each class"):
+        predict.run(config, "nowhere", deeplab, scenes, tmp_path / "out")
+
+
+def command(layout, weights, images, out, *options):
+    """Run the command in every process of a layout, and return what each printed."""
+    fields = (f"--config.data.{name}" for name in ("image_size=16", "eval_resize=20"))
+    of_folders = (f"--checkpoint={weights}", f"--images={images}", f"--out={out}")
+    arguments = ("--mode=predict", "--config=r18_r34:smoke", *fields, *of_folders, *options)
+    return run_everywhere(layout, [sys.executable, str(MAIN), *arguments])
+
+
 def test_the_command_predicts_from_weights_alone_with_a_config(weights, images, tmp_path):
     (images / "broken.jpg").write_bytes(b"no image")
-    process = subprocess.run(
-        [
-            sys.executable,
-            MAIN,
-            "--mode=predict",
-            "--config=r18_r34:smoke",
-            "--config.data.image_size=16",
-            "--config.data.eval_resize=20",
-            f"--checkpoint={weights}",
-            f"--images={images}",
-            f"--out={tmp_path / 'out'}",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith("5 images (1 unreadable skipped), ")
-    assert f"skipped: {images}/broken.jpg: not an image" in process.stderr
+    (printed,) = command(Layout(1, 1), weights, images, tmp_path / "out")
+    assert "5 images (1 unreadable skipped), " in printed
+    assert f"skipped: {images}/broken.jpg: not an image" in printed
     assert_is_table(tmp_path / "out" / "predictions.csv", expected(weights, images, config_of()))
+
+
+def test_the_table_of_two_processes_is_that_of_one(weights, images, tmp_path):
+    (images / "broken.jpg").write_bytes(b"no image")
+    first, second = command(Layout(2, 2), weights, images, tmp_path / "out")
+    assert "5 images (1 unreadable skipped), " in first
+    assert "images" not in second
+    assert_is_table(tmp_path / "out" / "predictions.csv", expected(weights, images, config_of()))
+
+
+def test_two_processes_write_the_label_maps_of_one(deeplab, scenes, tmp_path):
+    (scenes / "0" / "broken.png").write_bytes(b"no image")
+    fields = ("task=segmentation", "data.source=digit_masks", "data.image_size=65")
+    options = (f"--config.{field}" for field in fields)
+    first, _ = command(Layout(2, 2), deeplab, scenes, tmp_path / "out", *options)
+    assert "48 images (1 unreadable skipped), " in first
+    predict.run(scenes_config(), "nowhere", deeplab, scenes, tmp_path / "alone")
+    of_both, of_one = [label_maps(tmp_path / folder) for folder in ("out", "alone")]
+    assert of_both.keys() == of_one.keys()
+    differ = [np.mean(of_both[name] != of_one[name]) for name in of_one]
+    assert np.mean(differ) < 1e-3  # of another order of sums
+
+
+def label_maps(out):
+    """Return the label maps that were written, by name."""
+    found = {}
+    for path in (out / "labels").rglob("*.png"):
+        with Image.open(path) as opened:
+            found[str(path.relative_to(out))] = np.asarray(opened)
+    return found

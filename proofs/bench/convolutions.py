@@ -1,10 +1,12 @@
-"""Each kind of convolution of a ResNet-18 at 224², forward and its two gradients: ours beside PyTorch's.
+"""Each kind of convolution of a network, forward and its two gradients: ours beside PyTorch's.
 
-`python -m proofs.bench.convolutions [--json FILE]`. Batch 16 in float32 on a CPU, compiled as the training
-step is; PyTorch is channels-last. It tells where the step's time goes.
+`python -m proofs.bench.convolutions [NETWORK …] [--json FILE]`. ResNet-18 at 224², batch 16, and what
+DeepLabV3+ adds to it at 513², batch 2; else both. In float32 on a CPU, compiled as the training step is;
+PyTorch is channels-last. It tells where the step's time goes.
 """
 
-from collections.abc import Callable
+from argparse import ArgumentParser
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,11 +18,9 @@ from proofs.bench.sidebyside import Row, compare_times, main
 from proofs.report import announce
 from tat_jax.step import CPU_OPTIONS
 
-BATCH = 16
-
 
 class Convolution(NamedTuple):
-    """A convolution without bias, padded by half its size.
+    """A convolution without bias, padded so that without a stride the map stays as large.
 
     Attributes:
         side: of the maps that it reads.
@@ -28,36 +28,69 @@ class Convolution(NamedTuple):
         features: that it writes.
         size: of its windows.
         stride: of its windows.
+        dilation: of its windows.
     """
 
     side: int
     channels: int
     features: int
     size: int
-    stride: int
+    stride: int = 1
+    dilation: int = 1
 
     def __str__(self) -> str:
         stride = f", stride {self.stride}" if self.stride > 1 else ""
-        return f"{self.size}×{self.size}{stride}, {self.side}² × {self.channels} → {self.features}"
+        dilation = f", dilation {self.dilation}" if self.dilation > 1 else ""
+        window = f"{self.size}×{self.size}{stride}{dilation}"
+        return f"{window}, {self.side}² × {self.channels} → {self.features}"
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Return the padding above and below, and left and right."""
+        return (self.dilation * (self.size // 2),) * 2
 
 
-KINDS = (
-    Convolution(224, 3, 64, 7, 2),
-    Convolution(56, 64, 64, 3, 1),
-    Convolution(56, 64, 128, 3, 2),
-    Convolution(28, 128, 128, 3, 1),
-    Convolution(14, 256, 256, 3, 1),
-    Convolution(7, 512, 512, 3, 1),
-)
+KINDS: Mapping[str, tuple[int, tuple[Convolution, ...]]] = {  # a batch, and what it passes
+    "resnet18": (
+        16,
+        (
+            Convolution(224, 3, 64, 7, stride=2),
+            Convolution(56, 64, 64, 3),
+            Convolution(56, 64, 128, 3, stride=2),
+            Convolution(28, 128, 128, 3),
+            Convolution(14, 256, 256, 3),
+            Convolution(7, 512, 512, 3),
+        ),
+    ),
+    "deeplab": (
+        2,
+        (
+            Convolution(129, 64, 64, 3),
+            Convolution(33, 512, 512, 3, dilation=2),
+            Convolution(33, 512, 256, 1),
+            Convolution(33, 512, 256, 3, dilation=6),
+            Convolution(33, 512, 256, 3, dilation=12),
+            Convolution(33, 512, 256, 3, dilation=18),
+            Convolution(129, 304, 256, 3),
+            Convolution(129, 256, 256, 3),
+        ),
+    ),
+}
 
 
-def measure() -> list[Row]:
-    """Compare every kind; of the first the images need no gradient."""
+def measure(networks: Sequence[str]) -> list[Row]:
+    """Compare every kind of the named networks; of those that read images, the input needs no gradient."""
     jax.config.update("jax_platforms", "cpu")
-    return [row for kind in KINDS for row in measure_one(kind, images=kind.channels > 3)]
+    chosen = [KINDS[name] for name in networks or KINDS]
+    return [
+        row
+        for batch, kinds in chosen
+        for kind in kinds
+        for row in measure_one(kind, images=kind.channels > 3, batch=batch)
+    ]
 
 
-def measure_one(kind: Convolution, *, images: bool, batch: int = BATCH) -> list[Row]:
+def measure_one(kind: Convolution, *, images: bool, batch: int) -> list[Row]:
     """Compare one kind: forward, the gradient of its kernel and, if asked for, that of what it reads."""
     announce(str(kind))
     rng = np.random.default_rng(0)
@@ -69,12 +102,14 @@ def measure_one(kind: Convolution, *, images: bool, batch: int = BATCH) -> list[
 
 
 def _ours(kind: Convolution, x: np.ndarray, kernel: np.ndarray) -> dict[str, Callable[[], object]]:
-    padding = ((kind.size // 2,) * 2,) * 2
-    strides = (kind.stride,) * 2
+    padding = tuple((pad, pad) for pad in kind.padding)
+    strides, dilation = (kind.stride,) * 2, (kind.dilation,) * 2
 
     def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
         layout = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
+        return jax.lax.conv_general_dilated(
+            x, kernel, strides, padding, rhs_dilation=dilation, dimension_numbers=layout
+        )
 
     def by_kernel(x: jax.Array, kernel: jax.Array, by_out: jax.Array) -> jax.Array:
         return jax.vjp(lambda kernel: convolve(x, kernel), kernel)[1](by_out)[0]
@@ -100,14 +135,14 @@ def _pytorch(kind: Convolution, x: np.ndarray, kernel: np.ndarray) -> dict[str, 
         torch.from_numpy(rearrange(array, how).copy()).contiguous(memory_format=torch.channels_last)
         for array, how in ((x, "b h w c -> b c h w"), (kernel, "h w c f -> f c h w"))
     )
-    stride, padding = (kind.stride,) * 2, (kind.size // 2,) * 2
+    stride, padding, dilation = (kind.stride,) * 2, kind.padding, (kind.dilation,) * 2
 
     def forward() -> torch.Tensor:
-        return torch.nn.functional.conv2d(maps, weight, None, stride, padding)
+        return torch.nn.functional.conv2d(maps, weight, None, stride, padding, dilation)
 
     def backward(mask: list[bool]) -> Callable[[], object]:
         return lambda: torch.ops.aten.convolution_backward(
-            by_out, maps, weight, None, stride, padding, [1, 1], False, [0, 0], 1, mask
+            by_out, maps, weight, None, stride, padding, dilation, False, [0, 0], 1, mask
         )
 
     by_out = torch.ones_like(forward())
@@ -118,5 +153,10 @@ def _pytorch(kind: Convolution, x: np.ndarray, kernel: np.ndarray) -> dict[str, 
     }
 
 
+def add_options(parser: ArgumentParser) -> None:
+    """Add the choice of networks."""
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"{', '.join(KINDS)}; else all")
+
+
 if __name__ == "__main__":
-    main(__doc__, measure)
+    main(__doc__, measure, add_options=add_options)

@@ -1,6 +1,7 @@
 """This package's own training step, started from weights that carry PyTorch's names."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,11 +24,18 @@ _OF_LOGITS = ("cross_entropy", "kd")
 
 
 def network(
-    entries: Mapping[str, np.ndarray], architecture: str, *, dtype: str, bn_group: int | None = None
+    entries: Mapping[str, np.ndarray],
+    architecture: str,
+    *,
+    dtype: str,
+    bn_group: int | None = None,
+    seed: int = 0,
+    **options: Any,
 ) -> View:
-    """Return the network that the converter makes of entries under torchvision's names."""
+    """Return the network that the converter makes of entries under PyTorch's names, with `options`."""
     converted = convert_entries(entries, architecture, source="entries")
-    model = networks.construct(converted.arguments, dtype=dtype, bn_group=bn_group, rngs=nnx.Rngs(0))
+    arguments = converted.arguments | options
+    model = networks.construct(arguments, dtype=dtype, bn_group=bn_group, rngs=nnx.Rngs(seed))
     store.set_weights(model, converted.weights, source="entries")
     return View(model)
 
@@ -37,10 +45,12 @@ def entries_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
 
 
-def with_embeddings(built: Built, entry: Callable[[str, str, tuple[int, ...]], np.ndarray]) -> Built:
-    """Set the embeddings of `layer4` to `entry(module, key, shape)`, under the published names."""
-    model = nnx.merge(built.recipe.distillation, built.state.params, built.state.variables)
-    for name, embedding in _embeddings(model).items():
+def with_embeddings(
+    built: Built, entry: Callable[[str, str, tuple[int, ...]], np.ndarray], term: str = "tat_layer4"
+) -> Built:
+    """Set the embeddings of a term to `entry(module, key, shape)`, under the published names."""
+    model = trained(built, built.state)
+    for name, embedding in _embeddings(model, term).items():
         weights = {}
         for path, leaf in store.network_weights(embedding).items():
             shape = to_torch(path, np.broadcast_to(np.float32(0), leaf.shape)).shape
@@ -77,7 +87,12 @@ def train(built: Built, batches: Iterable[Batch], mesh: Mesh) -> tuple[Distillat
     for after, metrics in steps(built, batches, mesh):
         state = after
         measured.append(metrics)
-    return nnx.merge(built.recipe.distillation, state.params, state.variables), measured
+    return trained(built, state), measured
+
+
+def trained(built: Built, state: TrainState) -> Distillation:
+    """Return what is trained, as a state has it."""
+    return nnx.merge(built.recipe.distillation, state.params, state.variables, copy=True)
 
 
 def kd_loss(built: Built, metrics: Mapping[str, float]) -> float:
@@ -85,9 +100,9 @@ def kd_loss(built: Built, metrics: Mapping[str, float]) -> float:
     return sum(term.weight * metrics[term.name] for term in built.terms if term.name in _OF_LOGITS)
 
 
-def published_tensors(model: Distillation) -> dict[str, np.ndarray]:
-    """Return every tensor of student, query and value, in float64, under the published names."""
-    modules = {"student": model.student.network, **_embeddings(model)}
+def published_tensors(model: Distillation, term: str = "tat_layer4") -> dict[str, np.ndarray]:
+    """Return the tensors of the student and of a term's embeddings, in float64, under the published names."""
+    modules = {"student": model.student.network, **_embeddings(model, term)}
     return {
         f"{name}.{_published_name(path)}": to_torch(path, np.asarray(array, np.float64))
         for name, module in modules.items()
@@ -95,8 +110,9 @@ def published_tensors(model: Distillation) -> dict[str, np.ndarray]:
     }
 
 
-def _embeddings(model: Distillation) -> dict[str, nnx.Module]:
-    return {name: getattr(model.losses["tat_layer4"], name) for name in ("query", "value")}
+def _embeddings(model: Distillation, term: str) -> dict[str, nnx.Module]:
+    found = {name: getattr(model.losses[term], name) for name in ("query", "key", "value")}
+    return {name: embedding for name, embedding in found.items() if embedding is not None}
 
 
 def _published_name(path: str) -> str:

@@ -49,12 +49,16 @@ class UnlabelledFolder:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Example:
+        file, name = self.file(index)
+        return Example(file, None, name)
+
+    def file(self, index: int) -> tuple[bytes, str]:
+        """Return an image, and what errors call it."""
         path = self._paths[index]
         try:
-            file = read(path)
+            return read(path), printable(path)
         except OSError:
-            file = b""
-        return Example(file, None, printable(path))
+            return b"", printable(path)
 
     def path(self, index: int) -> str:
         """Return the path of an image below the folder."""
