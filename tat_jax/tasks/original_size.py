@@ -39,7 +39,7 @@ def best_class(logits: Float[Array, "*batch classes"]) -> Int[Array, "*batch"]:
 def _best(
     some: Callable[[Array, int], Array], shape: tuple[int, ...], classes: int, dtype: jnp.dtype
 ) -> Int[Array, "..."]:
-    """Return likewise the best class by what `some` returns, the logits of so many classes from the first on."""
+    """Return likewise the best class by what `some` returns: logits of so many classes, from the first."""
     steps = -(-classes // _MOST)
     count = -(-classes // steps)
 
