@@ -38,6 +38,7 @@ bench: $(VENV)/installed-$(ACCELERATOR)-bench
 	$(BIN)/python -m proofs.bench.loop --json runs/bench/loop.json
 	$(BIN)/python -m proofs.bench.start --json runs/bench/start.json
 	$(BIN)/python -m proofs.bench.growth --json runs/bench/growth.json --plot docs/growth.png
+	$(BIN)/python -m proofs.bench.evaluation --json runs/bench/evaluation.json
 	$(BIN)/python -m proofs.bench.convolutions --json runs/bench/convolutions.json
 
 # What a machine with an NVIDIA GPU shows, in ten minutes, into docs/gpu.md. PARTS: some of tests, fidelity, step,

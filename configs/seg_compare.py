@@ -17,10 +17,14 @@ def get_config(argument: str = "") -> ConfigDict:
         "resnet18": {},
         "mobilenet": {"architecture": "deeplab_mobilenet_v2", "weights": "random", "width": 64},
     }
+    # Patches of eight by eight pixels of a tap of 65 × 65, four to a group, and points of four by four.
+    patches = {"patches": (8, 8), "groups": 16, "anchors": (16, 16)}
+    if smoke:  # of 17 × 17
+        patches = {"patches": (4, 4), "groups": 4, "anchors": (4, 4)}
     losses = {
         "cross-entropy": {},
         "kd": {"kd": {"weight": 1.0, "temperature": 4.0}},
-        "patches and anchors": {"patch_anchor": {"decoder": {"weight": 1.6}}},
+        "patches and anchors": {"patch_anchor": {"decoder": {"weight": 1.6, **patches}}},
         "tat": {"tat": {"decoder": {"weight": 1.6, "embedding_kernel": 1}}},
     }
     config.study = base.study(

@@ -1,12 +1,21 @@
-"""What `make fidelity` proves at length, in short (`make proofs`); several devices: `test_devices`."""
+"""What `make fidelity` proves at length, in short (`make proofs`); see also `test_devices`."""
 
 import numpy as np
 import pytest
 
-from proofs import torch_transforms
-from proofs.fidelity import beside_pytorch, pixels, segmentation, segmentation_steps, trajectories, weights
+from proofs import rounding, torch_transforms
+from proofs.fidelity import (
+    beside_pytorch,
+    devices,
+    pixels,
+    segmentation,
+    segmentation_steps,
+    trajectories,
+    weights,
+)
 from proofs.fidelity.claim import Claim
 from proofs.photographs import photographs
+from proofs.program import Layout
 from proofs.report import table
 from tests.claims import broken
 
@@ -39,6 +48,13 @@ def test_two_steps_on_photographs_lie_on_pytorchs(tmp_path):
 
 def test_two_steps_of_segmentation_are_pytorchs():
     assert broken(segmentation_steps.claims(steps=2)) == []
+
+
+def test_two_processes_of_four_devices_segment_as_one_device_does():
+    layouts = (Layout(1, 1), Layout(2, 4))
+    claims = devices.compare(layouts, case=devices.SEGMENTATION, name="", bound=rounding.SINGLE)
+    assert len(claims) == 1
+    assert broken(claims) == []
 
 
 def test_pixels_are_pillows_and_crop_boxes_torchvisions():

@@ -8,7 +8,7 @@ import pytest
 from proofs.report import table
 from proofs.torture import buckets, disk, elastic, endurance, hosts, kill, preemption, processes
 from proofs.torture.pod import Pod
-from proofs.torture.small_run import finish
+from proofs.torture.small_run import CLASSIFICATION, SEGMENTATION, finish
 
 
 def assert_survived(faults):
@@ -17,16 +17,18 @@ def assert_survived(faults):
     assert [fault for fault in faults if not fault.holds] == [], table(faults)
 
 
-def test_a_run_that_was_killed_anywhere_equals_the_uninterrupted_one():
-    assert_survived(kill.faults(kill.PHASES, epochs=12))
+@pytest.mark.parametrize(("miniature", "epochs"), [(CLASSIFICATION, 12), (SEGMENTATION, 6)])
+def test_a_run_that_was_killed_anywhere_equals_the_uninterrupted_one(miniature, epochs):
+    assert_survived(kill.faults(kill.PHASES, epochs=epochs, miniature=miniature))
 
 
 def test_sigterm_and_ctrl_c_save_and_end_and_a_second_one_leaves_at_once():
     assert_survived(preemption.faults(preemption.SIGNALS, epochs=12))
 
 
-def test_a_run_continues_on_other_devices_and_with_other_threads(tmp_path):
-    assert_survived([elastic.device_fault(tmp_path)])
+@pytest.mark.parametrize("miniature", [CLASSIFICATION, SEGMENTATION])
+def test_a_run_continues_on_other_devices_and_with_other_threads(tmp_path, miniature):
+    assert_survived([elastic.device_fault(tmp_path, miniature)])
 
 
 @pytest.mark.parametrize("start", ["2 processes as on SLURM", "2 processes as on a TPU pod"])

@@ -46,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
         dest="file",
         metavar="FILE",
         type=_path,
-        help="a checkpoint of PyTorch or safetensors with torchvision's or timm's names, an index of several "
+        help="a checkpoint of PyTorch or safetensors with torchvision's or timm's names, or for a deeplab "
+        "those of jfzhang95/pytorch-deeplab-xception, an index of several "
         "or their folder, instead of a download",
     )
     parser.add_argument("--head", choices=["fresh"], help="convert the backbone, and start a head afresh")
@@ -75,7 +76,7 @@ def _export(run: buckets.Place, options: argparse.Namespace) -> None:
 
     student = load_builder(options.student) if options.student else None
     exported = export(run, options.export, options.checkpoint, student=student)
-    names = "the names of its attributes" if student else "torchvision's names"
+    names = "the names of its attributes" if student else "its names in PyTorch"
     print(f"{options.export}: {exported.entries} entries under {names}, from {exported.folder}")
     if exported.usage:
         print(f"{exported.usage}: its classes, and the size, mean and standard deviation of its images")

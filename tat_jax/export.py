@@ -1,4 +1,4 @@
-"""A student handed on: a file of weights under torchvision's names, and beside it how it is used."""
+"""A student handed on: a file of weights under its names in PyTorch, and beside it how it is used."""
 
 import io
 from pathlib import Path

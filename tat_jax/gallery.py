@@ -106,14 +106,13 @@ def _sheet(
     """Return a row for each image: itself as its file has its sides, and its label maps beside it."""
     inside = [overlays.inside(label).shape for _, label, _ in look]
     sizes = [tuple(max(side * _SIDE // max(shape), 1) for side in shape) for shape in inside]
-    high, wide = (max(sides) for sides in zip(*sizes, strict=True))
-    cell, row = wide + _GAP, high + LINE
-    canvas = Image.new("RGB", (cell * (1 + len(columns)), LINE + row * len(look)), "white")
+    cell, high = max(width for _, width in sizes) + _GAP, sum(height + LINE for height, _ in sizes)
+    canvas = Image.new("RGB", (cell * (1 + len(columns)), LINE + high), "white")
     draw = ImageDraw.Draw(canvas)
     for i, title in enumerate(("image", *columns)):
         draw.text((i * cell + _GAP // 2, 2), title, "black", font())
+    top = LINE
     for i, ((image, _, name), (height, width)) in enumerate(zip(look, sizes, strict=True)):
-        top = LINE + i * row
         shown = [Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)]
         for maps in columns.values():
             label = Image.fromarray(overlays.inside(maps[i])).resize(
@@ -123,4 +122,5 @@ def _sheet(
         for j, picture in enumerate(shown):
             canvas.paste(picture, (j * cell + _GAP // 2, top))
         draw.text((_GAP // 2, top + height + 1), fit(Path(name).name, cell), "black", font())
+        top += height + LINE
     return np.asarray(canvas)

@@ -17,7 +17,8 @@ import safetensors.numpy
 import torch
 from flax import nnx
 
-from proofs.torch_resnet import TorchResNet, random_torch_resnet
+from proofs.torch_deeplab_strides import TorchDeepLab
+from proofs.torch_resnet import TorchResNet, random_torch_resnet, randomize
 from tat_jax import convert, networks
 from tat_jax.weights import names, published, store
 from tat_jax.weights.files import read_entries
@@ -68,6 +69,22 @@ def test_there_and_back_is_bit_exact(tmp_path, state_dict, name, export):
     if export.endswith(".pth"):
         model = TorchResNet("resnet18", width=4, num_classes=6)
         model.load_state_dict(torch.load(tmp_path / export, weights_only=True), strict=True)
+
+
+def test_a_network_that_segments_is_handed_on_to_pytorch_with_what_its_classes_are(tmp_path, capsys):
+    theirs = randomize(TorchDeepLab("resnet18", num_classes=4, width=2)).eval()
+    file = save(theirs.state_dict(), tmp_path / "theirs.pth")
+    command("deeplab_resnet18", "--from", file, "--to", tmp_path / "weights")
+    trained = store.load_network(tmp_path / "weights")
+    usage = {"num_classes": 4, "classes": list("abcd"), "colours": 4 * [[1, 2, 3]], "image": {"size": 65}}
+    store.save_network(tmp_path / "student", trained._replace(usage=usage))
+    command("--export", tmp_path / "student.pth", tmp_path / "student")
+    assert "under its names in PyTorch" in capsys.readouterr().out
+    ours = TorchDeepLab("resnet18", num_classes=4, width=2).eval()
+    ours.load_state_dict(torch.load(tmp_path / "student.pth", weights_only=True), strict=True)
+    image = torch.randn(1, 3, 33, 33)
+    assert torch.equal(ours(image), theirs(image))
+    assert json.loads((tmp_path / "student.json").read_text()) == usage
 
 
 @pytest.mark.parametrize("name", ["zip.pth", "legacy.pth"])
@@ -418,7 +435,9 @@ def test_a_network_without_published_weights_says_how_to_name_a_file(tmp_path, m
 
 def test_an_architecture_that_is_none_is_named_with_those_that_are(tmp_path, capsys):
     error_of("resnet19", "--to", tmp_path / "weights")
-    assert "no architecture 'resnet19'; there are resnet18, resnet34" in capsys.readouterr().err
+    assert (
+        "no architecture 'resnet19'; there are deeplab_resnet18, deeplab_resnet34" in capsys.readouterr().err
+    )
 
 
 def test_a_layer_of_one_s_own_whose_layout_pytorch_has_otherwise_is_not_exported():

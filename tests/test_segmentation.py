@@ -1,20 +1,32 @@
 """Segmentation: that pixels of mixed image sizes are counted exactly, and a training up to its pictures."""
 
+import functools
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tat_jax import sharding
+from tat_jax import evaluate, networks, sharding, study, train
 from tat_jax.batch import Batch
+from tat_jax.configs import base
+from tat_jax.data.digit_masks import DigitMasks
 from tat_jax.data.label_maps import IGNORED, OUTSIDE
 from tat_jax.data.sources import Digits
+from tat_jax.data.pipeline import open_pipeline
+from tat_jax.evaluate import jit_eval_step
+from tat_jax.metrics import is_evaluation, read_rows
 from tat_jax.networks.view import Outputs
 from tat_jax.tasks.original_size import image_sizes, nearest
 from tat_jax.tasks.segmentation import Segmentation
+from tat_jax.usage import usage_of
+from tat_jax.weights import folders
+from tests.test_train import assert_same_run
 
 CLASSES = 5
 # Heights and widths of images: of one pixel, of one tile, of several, square, wide and high.
@@ -269,3 +281,92 @@ class TestLabels:
     def test_a_source_without_label_maps_is_refused_with_the_way_out(self):
         with pytest.raises(ValueError, match=r"take a data\.source of label maps, or task=classification"):
             Segmentation().blank_label(ConfigDict({"image_size": 8}), Digits("val"), train=True)
+
+
+def config_of(**changes):
+    """Return a training of a narrow DeepLabV3+ under another on scenes of digits, two steps an epoch."""
+    config = base.base()
+    config.update({"task": "segmentation", "epochs": 2, "batch_size": 80, "log_every": 1})
+    config.student = base.network("deeplab_resnet18", "random", width=8)
+    config.teacher = base.network("deeplab_resnet18", "random", width=8)
+    config.losses.cross_entropy.weight = 0.0
+    config.losses.pixel_cross_entropy.weight = config.losses.kd.weight = 1.0
+    config.data.update({"source": "digit_masks", "image_size": 33, "threads": 1})
+    config.optimizer.milestones = ()
+    config.update(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return the folder of a run of two epochs, and what it returned."""
+    folder = tmp_path_factory.mktemp("segmentation")
+    return folder, train.run(config_of(), folder)
+
+
+class TestTraining:
+    def test_a_run_logs_every_measure_and_draws_its_pictures(self, trained):
+        folder, _ = trained
+        rows = read_rows(folder)
+        assert [row["epoch"] for row in rows if is_evaluation(row)] == [1, 2]
+        logged = {name for row in rows for name in row}
+        assert {"train/train_pixel_accuracy", "train/teacher_agreement", "eval/iou/background"} <= logged
+        measures = ("miou", "miou_squashed", "pixel_accuracy", "class_accuracy", "frequency_weighted_iou")
+        assert {f"eval/{name}" for name in measures} <= logged
+        for name in ("curves.png", "images.png", "predictions.png", "confusion.png"):
+            assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+    def test_a_run_that_was_continued_equals_the_uninterrupted_one_and_draws_again(self, tmp_path, trained):
+        run = functools.partial(train.run, folder=tmp_path)
+        run(config_of(epochs=1))
+        (tmp_path / "predictions.png").unlink()
+        run(config_of())
+        assert_same_run(tmp_path, trained[0])
+        drawn = [(folder / "predictions.png").read_bytes() for folder in (tmp_path, trained[0])]
+        assert drawn[0] == drawn[1]
+
+    def test_an_evaluation_measures_the_same_whatever_the_batch_by_one_program_and_ends_with_a_table(
+        self, trained
+    ):
+        folder, ends = trained
+        expected = {n.removeprefix("eval/"): v for n, v in ends["last"].items() if n.startswith("eval/")}
+        for batch_size in (80, 40):
+            found = evaluate.run(config_of(batch_size=batch_size), folder, "last")
+            assert (found.measures, found.images) == (expected, 48)
+        assert found.report().startswith(f"{found}\nIoU, %\nbackground ")
+        report = train.report(config_of(), ends).splitlines()
+        assert [line.split()[0] for line in report[:4]] == ["last", "best", "IoU,", "background"]
+        assert report[-5].split() == ["mIoU", *(f"{100 * ends[w]['eval/miou']:.2f}" for w in ends)]
+
+    def test_images_of_many_sizes_are_evaluated_by_one_program(self, trained):
+        network = networks.restore(folders.last(trained[0]), dtype="float32")
+        mesh, data = sharding.make_mesh(), open_pipeline(config_of(), "val")
+        assert len({example.label.shape for example in map(data.source.__getitem__, range(48))}) > 30
+        graph, state = nnx.split(network.view)
+        compiled = jit_eval_step(mesh)._cache_size()
+        evaluate.evaluate(graph, jax.device_put(state), Segmentation(), data, mesh, show=False)
+        assert jit_eval_step(mesh)._cache_size() <= compiled + 1
+
+    def test_what_whoever_calls_the_network_needs_is_kept_colours_included(self, trained):
+        usage = json.loads((trained[0] / "usage.json").read_text())
+        assert usage["classes"] == ["background", *map(str, range(10))]
+        assert usage["image"] == {"size": 33}
+        source = DigitMasks("val")
+        source.colours = np.arange(33, dtype=np.uint8).reshape(11, 3)
+        network = networks.restore(folders.last(trained[0]), dtype="float32")
+        assert usage_of(config_of(), network, source)["colours"] == source.colours.tolist()
+
+
+def test_the_study_s_table_has_both_measures_last_and_best(tmp_path):
+    config = config_of(epochs=1, batch_size=160)
+    config.losses.kd.weight, config.data.image_size = 0.0, 17
+    config.study = base.study((0, 1), {"alone": {}})
+    table = study.run(config, tmp_path).strip("\n").splitlines()
+    rows = [read_rows(tmp_path / "alone" / f"seed{seed}")[-1] for seed in (0, 1)]
+    assert table[0].split() == ["validation,", "%", "(mean", "±", "standard", "deviation)"]
+    heads = "mIoU, last mIoU, best mIoU squashed, last mIoU squashed, best (mIoU, last of each seed)"
+    assert table[1].split() == heads.split()
+    values = [[100 * row[f"eval/{name}"] for row in rows] for name in ("miou", "miou_squashed")]
+    cells = [f"{np.mean(of):.2f} ± {np.std(of, ddof=1):.2f}" for of in values for _ in ("last", "best")]
+    of_seeds = "({:.2f}, {:.2f})".format(*values[0])
+    assert table[2].split() == ["alone", *" ".join(cells).split(), *of_seeds.split()]

@@ -2,14 +2,29 @@
 
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from proofs import rounding
 from proofs.fidelity.claim import Claim
 from proofs.program import Layout, logged, main_command, run_everywhere
 from proofs.rounding import largest_relative_error
+from proofs.torture import small_run
+
+
+class Case(NamedTuple):
+    """A training of seven steps: one of `configs/`, and options that make it one."""
+
+    config: str
+    options: tuple[str, ...]
+
 
 LAYOUTS = (Layout(1, 1), Layout(1, 2), Layout(1, 4), Layout(1, 8), Layout(2, 4))
-_SEVEN_STEPS = "--config.data.labels_per_class=10"  # the last of them of four images
+BOUNDS = {"float32": rounding.SINGLE, "float64": rounding.DOUBLE}
+# The last of each is of fewer images.
+CLASSIFICATION = Case("r18_r34.py:smoke", ("--config.data.labels_per_class=10",))
+SEGMENTATION = Case(
+    small_run.SEGMENTATION.config, (*small_run.SEGMENTATION.options, "--config.batch_size=24")
+)
 
 
 def claims() -> list[Claim]:
@@ -17,16 +32,33 @@ def claims() -> list[Claim]:
     return [
         claim
         for groups, bn in (("the whole batch", ()), ("8 groups", ("--config.bn_group=2",)))
-        for dtype, bound in (("float32", rounding.SINGLE), ("float64", rounding.DOUBLE))
+        for dtype, bound in BOUNDS.items()
         for claim in compare(
             LAYOUTS, *bn, f"--config.dtype={dtype}", name=f"{dtype}, BatchNorm over {groups}", bound=bound
         )
     ]
 
 
-def compare(layouts: tuple[Layout, ...], *options: str, name: str, bound: float) -> list[Claim]:
+def claims_of_segmentation() -> list[Claim]:
+    """Compare likewise those of a segmentation whose teacher is in training mode, with dropout in both."""
+    return [
+        claim
+        for dtype, bound in BOUNDS.items()
+        for claim in compare(
+            LAYOUTS,
+            f"--config.dtype={dtype}",
+            case=SEGMENTATION,
+            name=f"segmentation in {dtype}",
+            bound=bound,
+        )
+    ]
+
+
+def compare(
+    layouts: tuple[Layout, ...], *options: str, case: Case = CLASSIFICATION, name: str, bound: float
+) -> list[Claim]:
     """Compare the losses under `options` on every layout with those on the first."""
-    first, *others = (_losses(layout, *options) for layout in layouts)
+    first, *others = (_losses(layout, case, *options) for layout in layouts)
     return [
         Claim(
             f"losses of 7 steps on {layout}, {name}",
@@ -38,10 +70,10 @@ def compare(layouts: tuple[Layout, ...], *options: str, name: str, bound: float)
     ]
 
 
-def _losses(layout: Layout, *options: str) -> list[float]:
-    """Train the miniature of `configs/r18_r34.py` and return the loss of every step."""
+def _losses(layout: Layout, case: Case, *options: str) -> list[float]:
+    """Train a case and return the loss of every step."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
-        command = main_command("r18_r34.py:smoke", folder, rounding.RATE, _SEVEN_STEPS, *options)
+        command = main_command(case.config, folder, rounding.RATE, *case.options, *options)
         run_everywhere(layout, command, x64="--config.dtype=float64" in options)
         return logged(folder)

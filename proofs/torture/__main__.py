@@ -3,6 +3,7 @@
 Parts that are named run alone. Each writes its table into docs/torture.md.
 """
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,12 +24,15 @@ from proofs.torture import (
     processes,
     strangers,
 )
+from proofs.torture.fault import Fault
+from proofs.torture.small_run import SEGMENTATION
 
 DOCUMENT = ROOT / "docs" / "torture.md"
 PARTS: Mapping[str, Part] = {
     "kill": lambda _: kill.faults(),
     "preemption": lambda _: preemption.faults(),
     "elastic": lambda _: elastic.faults(),
+    "segmentation": lambda _: _faults_of_segmentation(),
     "processes": lambda _: processes.faults(),
     "hosts": lambda _: hosts.hosts(),
     "pod": lambda _: pod.signal_faults(),
@@ -42,6 +46,16 @@ PARTS: Mapping[str, Part] = {
     ),
     "endurance": lambda chosen: endurance.faults(chosen.long, plot=DOCUMENT.with_name("endurance.png")),
 }
+
+
+def _faults_of_segmentation() -> list[Fault]:
+    """Do to a segmentation what is done to the classification, once each."""
+    with tempfile.TemporaryDirectory() as temporary:
+        return [
+            *kill.faults(kill.PHASES, epochs=6, miniature=SEGMENTATION),
+            *preemption.faults(preemption.SIGNALS, epochs=6, miniature=SEGMENTATION),
+            elastic.device_fault(Path(temporary), SEGMENTATION),
+        ]
 
 
 def main() -> None:

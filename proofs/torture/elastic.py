@@ -8,7 +8,7 @@ from pathlib import Path
 from proofs import rounding
 from proofs.program import logged
 from proofs.torture.fault import Fault, judge
-from proofs.torture.small_run import Run, contents, finish, rows
+from proofs.torture.small_run import CLASSIFICATION, Miniature, Run, contents, finish, rows
 
 _TAKEN = {
     "--config.epochs=3": "epochs: 2 there, 3 now",
@@ -24,23 +24,25 @@ _REFUSED = {
 def faults() -> list[Fault]:
     """Move a run from 8 devices to 2 and to 1, and change its config."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        return [device_fault(folder), *_configs(folder)]
+        return [device_fault(Path(temporary)), *_configs(Path(temporary))]
 
 
-def device_fault(folder: Path) -> Fault:
+def device_fault(folder: Path, miniature: Miniature = CLASSIFICATION) -> Fault:
     """Move a run from 8 devices to 2 and to 1, in a folder."""
     whole, moved = folder / "whole", folder / "moved"
-    options = (rounding.RATE, "--config.epochs=4", "--config.bn_group=2")
-    finish(whole, *options, devices=8)
+    group = f"--config.bn_group={miniature.batch_size // 8}"
+    options = (rounding.RATE, "--config.epochs=4", group)
+    finish(whole, *options, miniature=miniature, devices=8)
     for devices, threads, until in ((8, 2, 4), (2, 0, 11)):
-        run = Run(moved, *options, f"--config.data.threads={threads}", devices=devices)
+        threads_of_it = f"--config.data.threads={threads}"
+        run = Run(moved, *options, threads_of_it, miniature=miniature, devices=devices)
         _stop_after(run, until)
-    finish(moved, *options, "--config.data.threads=3", devices=1)
+    finish(moved, *options, "--config.data.threads=3", miniature=miniature, devices=1)
     error = rounding.largest_relative_error(logged(moved), logged(whole))
     differ = f"losses differ by {error:.1e} at most"
     wrong = [differ] if error > rounding.SINGLE else []
-    return judge("8 devices, then 2, then 1; 2 threads, 0, 3", 2, wrong, f"nothing; {differ}")
+    name = f"8 devices, then 2, then 1; 2 threads, 0, 3{miniature.name}"
+    return judge(name, 2, wrong, f"nothing; {differ}")
 
 
 def _stop_after(run: Run, steps: int) -> None:

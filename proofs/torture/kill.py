@@ -10,8 +10,8 @@ import numpy as np
 
 from proofs.program import Environment
 from proofs.torture.fault import Fault, judge
-from proofs.torture.small_run import STEPS, Run, differences, finish
-from tat_jax.metrics import read_rows
+from proofs.torture.small_run import CLASSIFICATION, STEPS, Miniature, Run, differences, finish
+from tat_jax.metrics import is_evaluation, read_rows
 from tat_jax.weights import folders
 
 # At each a random delay, in seconds, up to about as long as the phase lasts.
@@ -24,6 +24,7 @@ def faults(
     *,
     epochs: int = 40,
     seed: int = 0,
+    miniature: Miniature = CLASSIFICATION,
     environment: Environment | None = None,
 ) -> list[Fault]:
     """Kill a run once in each of `phases`, finish it, and compare it with one that nothing interrupted.
@@ -34,18 +35,18 @@ def faults(
     option = f"--config.epochs={epochs}"
     with tempfile.TemporaryDirectory() as temporary:
         whole, killed = Path(temporary) / "whole", Path(temporary) / "killed"
-        finish(whole, option, environment=environment)
+        finish(whole, option, miniature=miniature, environment=environment)
         repeated = 0
         for phase in phases:
-            run = Run(killed, option, environment=environment)
+            run = Run(killed, option, miniature=miniature, environment=environment)
             run.wait_until(_begins(phase, run), phase)
             time.sleep(rng.uniform(0, _PHASES[phase]))
             run.process.send_signal(signal.SIGKILL)
             run.wait()
             repeated = max(repeated, _last_step(killed) - _saved_step(killed))
-        finish(killed, option, environment=environment)
+        finish(killed, option, miniature=miniature, environment=environment)
         different = differences(killed, whole)
-        evaluated = [row["epoch"] for row in read_rows(killed) if "eval/top1" in row]
+        evaluated = [row["epoch"] for row in read_rows(killed) if is_evaluation(row)]
         steps = [row["step"] for row in read_rows(killed) if "train/loss" in row]
         if evaluated != list(range(1, epochs + 1)):
             different.append(f"epochs evaluated: {evaluated}")
@@ -53,7 +54,7 @@ def faults(
             different.append(f"steps logged: {steps}")
     lost = f"nothing; at most {repeated} steps computed anew"
     return [
-        judge(f"SIGKILL in {phase}, run again", phases.count(phase), different, lost)
+        judge(f"SIGKILL in {phase}, run again{miniature.name}", phases.count(phase), different, lost)
         for phase in dict.fromkeys(phases)
     ]
 

@@ -3,33 +3,22 @@
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Float
 
 from tat_jax.networks.layers import at_least_float32
 
 
 def matrix(
-    size_in: int,
-    size_out: int | Int[Array, ""],
-    *,
-    rows: Int[Array, " rows"] | None = None,
-    dtype: DTypeLike = jnp.float32,
-) -> Float[Array, "rows {size_in}"]:
+    size_in: int, size_out: int, *, dtype: DTypeLike = jnp.float32
+) -> Float[Array, "{size_out} {size_in}"]:
     """Return what interpolates `size_in` values linearly at `size_out` places, the first and last aligned.
 
     Row i has the two weights of place i · (size_in − 1) / (size_out − 1), as PyTorch's `align_corners=True`;
     the place is divided in whole numbers, so that weights are rounded once.
-
-    Args:
-        size_in: the number of values.
-        size_out: the number of places; it may be known on the device alone if `rows` is given.
-        rows: those wanted; None is all. A row from `size_out` on has no place, and means nothing.
-        dtype: of the weights.
     """
-    rows = jnp.arange(size_out) if rows is None else rows
-    steps = jnp.maximum(size_out - 1, 1)
-    below, rest = jnp.divmod(rows[:, None] * (size_in - 1), steps)
-    share = rest.astype(dtype) / steps.astype(dtype)
+    steps = max(size_out - 1, 1)
+    below, rest = jnp.divmod(jnp.arange(size_out)[:, None] * (size_in - 1), steps)
+    share = rest.astype(dtype) / steps
     columns = jnp.arange(size_in)[None]
     return jnp.where(columns == below, 1 - share, jnp.where(columns == below + 1, share, 0))
 
