@@ -16,8 +16,8 @@ import pytest
 import safetensors.numpy
 import torch
 from flax import nnx
-from proofs.torch_deeplab_strides import TorchDeepLab
 
+from proofs.torch_deeplab import TorchDeepLab
 from proofs.torch_resnet import TorchResNet, random_torch_resnet, randomize
 from tat_jax import convert, networks
 from tat_jax.weights import names, published, store

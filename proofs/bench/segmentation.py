@@ -91,8 +91,9 @@ def _pytorch_step(config: ConfigDict, images: np.ndarray, labels: np.ndarray) ->
     student, teacher = (
         TorchDeepLab(name, num_classes=CLASSES, dropouts=DROPOUTS) for name in ("resnet18", "resnet101")
     )
-    model: Any = TorchSegmentation(student)
-    for module in (model, teacher):
+    model = TorchSegmentation(student)
+    modules: list[Any] = [model, teacher]
+    for module in modules:
         module.train().to(memory_format=torch.channels_last)
     optimizer, schedule = torch_segmentation.make_optimizer(
         model,
