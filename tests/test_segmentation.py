@@ -26,6 +26,7 @@ from tat_jax.tasks.original_size import image_sizes, nearest
 from tat_jax.tasks.segmentation import Segmentation
 from tat_jax.usage import usage_of
 from tat_jax.weights import folders
+from tests import tiny
 from tests.test_train import assert_same_run
 
 CLASSES = 5
@@ -284,11 +285,9 @@ class TestLabels:
 
 
 def config_of(**changes):
-    """Return a training of a narrow DeepLabV3+ under another on scenes of digits, two steps an epoch."""
+    """Return a training of one network under another on scenes of digits, two steps an epoch."""
     config = base.base()
     config.update({"task": "segmentation", "epochs": 2, "batch_size": 80, "log_every": 1})
-    config.student = base.network("deeplab_resnet18", "random", width=8)
-    config.teacher = base.network("deeplab_resnet18", "random", width=8)
     config.losses.cross_entropy.weight = 0.0
     config.losses.pixel_cross_entropy.weight = config.losses.kd.weight = 1.0
     config.data.update({"source": "digit_masks", "image_size": 33, "threads": 1})
@@ -297,11 +296,22 @@ def config_of(**changes):
     return config
 
 
+def student(*, rngs, **_):
+    return tiny.Segmenter(4, classes=11, rngs=rngs)
+
+
+def teacher(*, rngs, **_):
+    return tiny.Segmenter(8, classes=11, rngs=rngs)
+
+
+run = functools.partial(train.run, student=student, teacher=teacher)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Return the folder of a run of two epochs, and what it returned."""
     folder = tmp_path_factory.mktemp("segmentation")
-    return folder, train.run(config_of(), folder)
+    return folder, run(config_of(), folder)
 
 
 class TestTraining:
@@ -317,10 +327,9 @@ class TestTraining:
             assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
     def test_a_run_that_was_continued_equals_the_uninterrupted_one_and_draws_again(self, tmp_path, trained):
-        run = functools.partial(train.run, folder=tmp_path)
-        run(config_of(epochs=1))
+        run(config_of(epochs=1), tmp_path)
         (tmp_path / "predictions.png").unlink()
-        run(config_of())
+        run(config_of(), tmp_path)
         assert_same_run(tmp_path, trained[0])
         drawn = [(folder / "predictions.png").read_bytes() for folder in (tmp_path, trained[0])]
         assert drawn[0] == drawn[1]
@@ -331,7 +340,7 @@ class TestTraining:
         folder, ends = trained
         expected = {n.removeprefix("eval/"): v for n, v in ends["last"].items() if n.startswith("eval/")}
         for batch_size in (80, 40):
-            found = evaluate.run(config_of(batch_size=batch_size), folder, "last")
+            found = evaluate.run(config_of(batch_size=batch_size), folder, "last", student=student)
             assert (found.measures, found.images) == (expected, 48)
         assert found.report().startswith(f"{found}\nIoU, %\nbackground ")
         report = train.report(config_of(), ends).splitlines()
@@ -339,7 +348,7 @@ class TestTraining:
         assert report[-5].split() == ["mIoU", *(f"{100 * ends[w]['eval/miou']:.2f}" for w in ends)]
 
     def test_images_of_many_sizes_are_evaluated_by_one_program(self, trained):
-        network = networks.restore(folders.last(trained[0]), dtype="float32")
+        network = networks.restore(folders.last(trained[0]), network=student)
         mesh, data = sharding.make_mesh(), open_pipeline(config_of(), "val")
         assert len({example.label.shape for example in map(data.source.__getitem__, range(48))}) > 30
         graph, state = nnx.split(network.view)
@@ -353,19 +362,19 @@ class TestTraining:
         assert usage["image"] == {"size": 33}
         source = DigitMasks("val")
         source.colours = np.arange(33, dtype=np.uint8).reshape(11, 3)
-        network = networks.restore(folders.last(trained[0]), dtype="float32")
+        network = networks.restore(folders.last(trained[0]), network=student)
         assert usage_of(config_of(), network, source)["colours"] == source.colours.tolist()
 
 
-def test_the_study_s_table_has_both_measures_last_and_best(tmp_path):
-    config = config_of(epochs=1)  # whose programs are compiled already
-    config.study = base.study((0, 1), {"alone": {}})
-    table = study.run(config, tmp_path).strip("\n").splitlines()
-    rows = [read_rows(tmp_path / "alone" / f"seed{seed}")[-1] for seed in (0, 1)]
-    assert table[0].split() == ["validation,", "%", "(mean", "±", "standard", "deviation)"]
-    heads = "mIoU, last mIoU, best mIoU squashed, last mIoU squashed, best (mIoU, last of each seed)"
-    assert table[1].split() == heads.split()
-    values = [[100 * row[f"eval/{name}"] for row in rows] for name in ("miou", "miou_squashed")]
-    cells = [f"{np.mean(of):.2f} ± {np.std(of, ddof=1):.2f}" for of in values for _ in ("last", "best")]
-    of_seeds = "({:.2f}, {:.2f})".format(*values[0])
-    assert table[2].split() == ["alone", *" ".join(cells).split(), *of_seeds.split()]
+def test_the_study_s_table_has_both_measures_last_and_best():
+    def row(step, miou, squashed):
+        return {"step": step, "eval/miou": miou, "eval/miou_squashed": squashed}
+
+    seeds = [[row(1, 0.5, 0.41), row(2, 0.4, 0.43)], [row(1, 0.1, 0.2), row(2, 0.2, 0.3)]]
+    table = study.compare(Segmentation(), row(2, 0.6, 0.61), {"alone": seeds}).splitlines()
+    assert [" ".join(line.split()) for line in table] == [
+        "validation, % (mean ± standard deviation)",
+        "mIoU, last mIoU, best mIoU squashed, last mIoU squashed, best (mIoU, last of each seed)",
+        "teacher 60.00 60.00 61.00 61.00",
+        "alone 30.00 ± 14.14 35.00 ± 21.21 36.50 ± 9.19 35.50 ± 7.78 (40.00, 20.00)",
+    ]
