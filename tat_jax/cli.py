@@ -282,7 +282,7 @@ def _check_may_be_demo(folder: Place, *, besides: str) -> None:
 def _run(experiment: Experiment) -> None:
     import jax
 
-    from tat_jax import check, evaluate, predict, study, topology, train
+    from tat_jax import check, evaluate, predict, study, summary, topology, train
 
     config, folder, _ = experiment
     student, teacher = (
@@ -306,7 +306,7 @@ def _run(experiment: Experiment) -> None:
         if "study" in config:
             report = study.run(config, folder)
         else:
-            report = train.report(config, train.run(config, folder, student=student, teacher=teacher))
+            report = summary.report(config, train.run(config, folder, student=student, teacher=teacher))
         if jax.process_index() == 0:
             print(report)
             print(f"run folder {folder}, picture {folder / 'curves.png'}")

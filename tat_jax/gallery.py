@@ -28,7 +28,8 @@ Look = list[tuple[np.ndarray, LabelMap, str]]
 class Gallery:
     """The pictures of a run's evaluations, each replacing the one before.
 
-    `confusion.png` is drawn where the task counts what is confused, `predictions.png` where labels are maps.
+    `predictions.png` is drawn after each evaluation where labels are maps, `confusion.png` after the last one
+    where the task counts what is confused.
     Only the process that shows has one: it computes by copies on a device of its own, and no other waits.
 
     Args:
@@ -44,21 +45,27 @@ class Gallery:
         if recipe.teacher is not None and teacher is not None and recipe.teacher_has_head:
             self._teacher = recipe.teacher, teacher
 
-    def draw(self, evaluation: Evaluation, graph: nnx.GraphDef, state: nnx.State) -> None:
-        """Draw what an evaluation of a student's view found.
+    def draw_confusion(self, evaluation: Evaluation) -> None:
+        """Draw what an evaluation confused, which takes seconds where classes are many.
+
+        Raises:
+            OSError: the picture cannot be written.
+        """
+        if evaluation.confusion is not None:
+            with paths.replacing(self._folder / "confusion.png") as partial:
+                pictures.plot_confusion(evaluation.confusion, partial, class_names(self._data.source))
+
+    def draw(self, graph: nnx.GraphDef, state: nnx.State) -> None:
+        """Draw what a student's view predicts.
 
         Args:
-            evaluation: what it measured.
             graph: the structure of the view.
             state: its arrays, whole on every device.
 
         Raises:
-            OSError: a picture cannot be written.
+            OSError: the picture cannot be written.
         """
         source = self._data.source
-        if evaluation.confusion is not None:
-            with paths.replacing(self._folder / "confusion.png") as partial:
-                pictures.plot_confusion(evaluation.confusion, partial, class_names(source))
         if maps := self._label_maps(graph, state):
             named, colours = class_names(source), class_colours(source)
             columns = {"truth": [label for _, label, _ in self._look], "prediction": maps, **self._of_teacher}

@@ -12,7 +12,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tat_jax import evaluate, networks, sharding, study, train
+from tat_jax import evaluate, networks, sharding, study, summary, train
 from tat_jax.batch import Batch
 from tat_jax.configs import base
 from tat_jax.data.digit_masks import DigitMasks
@@ -343,7 +343,7 @@ class TestTraining:
             found = evaluate.run(config_of(batch_size=batch_size), folder, "last", student=student)
             assert (found.measures, found.images) == (expected, 48)
         assert found.report().startswith(f"{found}\nIoU, %\nbackground ")
-        report = train.report(config_of(), ends).splitlines()
+        report = summary.report(config_of(), ends).splitlines()
         assert [line.split()[0] for line in report[:4]] == ["last", "best", "IoU,", "background"]
         assert report[-5].split() == ["mIoU", *(f"{100 * ends[w]['eval/miou']:.2f}" for w in ends)]
 

@@ -46,7 +46,7 @@ def claims_of_segmentation() -> list[Claim]:
         claim
         for dtype, bound in BOUNDS.items()
         for claim in compare(
-            LAYOUTS,
+            LAYOUTS_OF_SEGMENTATION,
             f"--config.dtype={dtype}",
             case=SEGMENTATION,
             name=f"segmentation in {dtype}",

@@ -130,8 +130,11 @@ class Segmentation(Task):
     def class_maps(
         self, outputs: Outputs, label: UInt8[Array, "batch rows columns"]
     ) -> UInt8[Array, "batch rows columns"] | None:
-        """Return the class of each pixel of images at their own sizes, on the canvases of their labels."""
-        if outputs.logits is None:
+        """Return the class of each pixel of images at their own sizes, on the canvases of their labels.
+
+        None of a network that gives no logits, or not of each pixel.
+        """
+        if outputs.logits is None or outputs.logits.ndim != 4:
             return None
         _, rows, columns = label.shape
         return original_size.class_maps(outputs.logits, original_size.image_sizes(label), (rows, columns))
