@@ -168,8 +168,10 @@ def _prediction() -> tuple[Path, Path] | None:
     """
     given = {flag.name: flag.value for flag in (_IMAGES, _OUT)}
     if _MODE.value != "predict":
-        for name in (name for name, value in given.items() if value is not None):
-            raise ValueError(f"--{name} is for --mode predict; the images of others are --config.data.root")
+        if unread := [name for name, value in given.items() if value is not None]:
+            raise ValueError(
+                f"--{unread[0]} is for --mode predict; the images of others are --config.data.root"
+            )
         return None
     for name, what in (("images", "of the images"), ("out", "where predictions go")):
         if not given[name]:

@@ -19,6 +19,7 @@ from tat_jax.configs import (
     r18_r34_scratch,
     seg_coco_mobilenet,
     seg_coco_r18,
+    seg_compare,
     seg_folder,
     seg_teacher,
     seg_voc_mobilenet,
@@ -219,7 +220,7 @@ def test_a_field_that_nothing_reads_is_told_with_what_makes_it_read(name, value,
     ]
 
 
-@pytest.mark.parametrize("module", [*EXPERIMENTS, digits, finetune, compare])
+@pytest.mark.parametrize("module", [*EXPERIMENTS, digits, finetune, compare, seg_compare])
 @pytest.mark.parametrize("argument", ["", "smoke"])
 def test_no_config_sets_what_nothing_reads(module, argument):
     assert list(experiment.notes(module.get_config(argument))) == []

@@ -25,7 +25,7 @@ from tat_jax.data.segments import segment
 from tat_jax.data.shared import Layout
 from tat_jax.data.sources import open_source
 from tat_jax.data.transforms import DecodeError
-from tat_jax.data.voc import Voc, colours
+from tat_jax.data.voc import Voc
 from tat_jax.data.workers import AHEAD, HELD, Workers
 from tat_jax.tasks.segmentation import Segmentation
 from tests.images import encode, photograph
@@ -294,40 +294,6 @@ class TestVoc:
             [],
         )
 
-    def test_colours_are_vocs(self):
-        assert colours(21)[[0, 1, 2, 3, 8, 15, 20]].tolist() == [
-            [0, 0, 0],
-            [128, 0, 0],
-            [0, 128, 0],
-            [128, 128, 0],
-            [64, 0, 0],
-            [192, 128, 128],
-            [0, 64, 128],
-        ]
-
-    @pytest.mark.parametrize(
-        ("path", "content", "why"),
-        [
-            ("VOC2012/JPEGImages/v1.jpg", None, r"^\S*/JPEGImages lacks 1 of 3 files: v1.jpg$"),
-            ("VOC2012/SegmentationClass/v3.png", None, r"^\S*/SegmentationClass lacks 1 of 3 files: v3.png$"),
-            ("SBD/dataset/cls/s2.mat", None, r"^\S*/SBD/dataset/cls lacks 1 of 2 files: s2.mat$"),
-            (
-                "VOC2012/ImageSets/Segmentation/train.txt",
-                b" \n",
-                r"^\S*train.txt is empty, and lists no image$",
-            ),
-            (
-                "SBD/dataset/val.txt",
-                None,
-                r"^no file \S*dataset/val.txt; \S* is to be SBD's folder benchmark_R",
-            ),
-            (
-                "VOC2012/ImageSets/Segmentation/train.txt",
-                None,
-                r"^no file .*train.txt; .* folder VOC2012 of VOCd",
-            ),
-        ],
-    )
     def test_what_is_missing_is_named(self, voc, path, content, why):
         (voc / path).unlink()
         if content is not None:

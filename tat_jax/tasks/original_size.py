@@ -161,7 +161,7 @@ def nearest(
     """
     # Tables of float64 sums, which decide between neighbours and which a device has not.
     of_rows, of_columns = (
-        jnp.asarray(np.stack([label_maps.nearest(n, size) for n in range(most + 1)]).astype(np.uint16))
+        jnp.asarray(np.stack([label_maps.nearest(n, size) for n in range(most + 1)]).astype(np.int32))
         for most, size in zip(canvas.shape[1:], (height, width), strict=True)
     )
 
