@@ -294,6 +294,29 @@ class TestVoc:
             [],
         )
 
+    @pytest.mark.parametrize(
+        ("path", "content", "why"),
+        [
+            ("VOC2012/JPEGImages/v1.jpg", None, r"^\S*/JPEGImages lacks 1 of 3 files: v1.jpg$"),
+            ("VOC2012/SegmentationClass/v3.png", None, r"^\S*/SegmentationClass lacks 1 of 3 files: v3.png$"),
+            ("SBD/dataset/cls/s2.mat", None, r"^\S*/SBD/dataset/cls lacks 1 of 2 files: s2.mat$"),
+            (
+                "VOC2012/ImageSets/Segmentation/train.txt",
+                b" \n",
+                r"^\S*train.txt is empty, and lists no image$",
+            ),
+            (
+                "SBD/dataset/val.txt",
+                None,
+                r"^no file \S*dataset/val.txt; \S* is to be SBD's folder benchmark_R",
+            ),
+            (
+                "VOC2012/ImageSets/Segmentation/train.txt",
+                None,
+                r"^no file .*train.txt; .* folder VOC2012 of VOCd",
+            ),
+        ],
+    )
     def test_what_is_missing_is_named(self, voc, path, content, why):
         (voc / path).unlink()
         if content is not None:
