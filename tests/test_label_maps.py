@@ -372,6 +372,12 @@ class TestCocoStuff:
             CocoStuff(root, "train")[0]
 
 
+def compressed(content):
+    """Return a file with one compressed variable of such content."""
+    packed = zlib.compress(content, 9)
+    return mat(S=1)[:128] + struct.pack("<II", 15, len(packed)) + packed
+
+
 class TestMatFile:
     @pytest.mark.parametrize("compressed", [False, True])
     @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32, np.int64, np.float32, np.float64, bool])
@@ -396,6 +402,8 @@ class TestMatFile:
             (mat(S=np.array([[1j]])), ("S",), "the label is no matrix of whole numbers"),
             (mat(S=np.zeros((2, 2, 2))), ("S",), "the label is no matrix of whole numbers"),
             (mat(S=np.zeros((0, 2))), ("S",), "the label is no matrix of whole numbers"),
+            (compressed(b""), ("S",), "has no variable S"),
+            (compressed(struct.pack("<II", 14, 99)), ("S",), "damaged, or cut short"),
         ],
     )
     def test_other_contents_are_refused_by_name(self, file, path, why):
@@ -403,8 +411,7 @@ class TestMatFile:
             read_matrix(file, path, "a.mat")
 
     def test_a_file_that_unpacks_to_more_than_memory_is_refused(self):
-        bomb = zlib.compress(bytes(2**28 + 8), 9)
-        file = mat(S=1)[:128] + struct.pack("<II", 15, len(bomb)) + bomb
+        file = compressed(bytes(2**28 + 8))
         with pytest.raises(DecodeError, match=r"^a\.mat: has a variable of more than 268,435,456 bytes$"):
             read_matrix(file, ("S",), "a.mat")
 

@@ -19,6 +19,7 @@ class Case(NamedTuple):
 
 
 LAYOUTS = (Layout(1, 1), Layout(1, 2), Layout(1, 4), Layout(1, 8), Layout(2, 4))
+LAYOUTS_OF_SEGMENTATION = (Layout(1, 1), Layout(1, 8), Layout(2, 4))
 BOUNDS = {"float32": rounding.SINGLE, "float64": rounding.DOUBLE}
 # The last of each is of fewer images.
 CLASSIFICATION = Case("r18_r34.py:smoke", ("--config.data.labels_per_class=10",))
