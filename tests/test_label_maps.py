@@ -415,7 +415,7 @@ class TestMatFile:
         with pytest.raises(DecodeError, match=r"^a\.mat: has a variable of more than 268,435,456 bytes$"):
             read_matrix(file, ("S",), "a.mat")
 
-    @settings(max_examples=300)
+    @settings(max_examples=300, deadline=None)
     @given(st.data(), st.booleans(), st.booleans())
     def test_whatever_is_wrong_with_a_file_it_is_said_in_a_line(self, data, compressed, nested):
         numbers, path = indices(5, 3), ("GT", "S") if nested else ("S",)
