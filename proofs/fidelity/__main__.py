@@ -32,7 +32,6 @@ PARTS: Mapping[str, Part] = {
         chosen.photos, chosen.weights, DOCUMENT.with_suffix(".png")
     ),
     "devices": lambda _: devices.claims(),
-    "devices_of_segmentation": lambda _: devices.claims_of_segmentation(),
     "ddp": lambda _: ddp.claims(),
     "collectives": lambda _: collectives.claims(),
     "pixels": lambda chosen: pixels.claims(chosen.photos),
