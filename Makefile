@@ -25,7 +25,8 @@ proofs: $(VENV)/installed-$(ACCELERATOR)-test
 
 # Measure every claim of docs/fidelity.md anew. PHOTOS: a folder of JPEG files. WEIGHTS: a folder of resnet18*
 # and resnet34* (.pth or .safetensors). Without them: pieces of scikit-learn's two photographs, random weights.
-# PARTS: some of trajectories, segmentation, pytorch, devices, ddp, collectives, pixels, weights, counts.
+# PARTS: some of trajectories, segmentation,
+# segmentation_steps, pytorch, devices, devices_of_segmentation, ddp, collectives, pixels, weights, counts.
 fidelity: $(VENV)/installed-$(ACCELERATOR)-test
 	$(BIN)/python -m proofs.fidelity $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(PARTS)
 
@@ -38,6 +39,7 @@ bench: $(VENV)/installed-$(ACCELERATOR)-bench
 	$(BIN)/python -m proofs.bench.loop --json runs/bench/loop.json
 	$(BIN)/python -m proofs.bench.start --json runs/bench/start.json
 	$(BIN)/python -m proofs.bench.growth --json runs/bench/growth.json --plot docs/growth.png
+	$(BIN)/python -m proofs.bench.evaluation --json runs/bench/evaluation.json
 	$(BIN)/python -m proofs.bench.convolutions --json runs/bench/convolutions.json
 
 # What a machine with an NVIDIA GPU shows, in ten minutes, into docs/gpu.md. PARTS: some of tests, fidelity, step,

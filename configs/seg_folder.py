@@ -19,9 +19,5 @@ def get_config(argument: str = "") -> ConfigDict:
     config.student.update({"architecture": "deeplab_resnet18", "weights": "weights/resnet18"})
     config.teacher.update({"architecture": "deeplab_resnet34", "weights": "runs/teacher"})
     config.losses.pixel_cross_entropy.divide_by_batch = False
-    # An eighth of the tap's sides is a patch, four patches are a group; a point in four by four pixels.
-    config.losses.patch_anchor.decoder.update(
-        {"anchor_weight": 0.4, "patches": (8, 8), "groups": 16, "anchors": (16, 16)}
-    )
     config.data.update({"source": "label_folder", "root": "data/segments", "image_size": 257})
     return base.finish(config, argument)

@@ -58,22 +58,33 @@ class CompiledStep(NamedTuple):
         return operations, float32_bytes(arrays)
 
 
-def compile_step(config: ConfigDict, rows: Batch, *, devices: int = 1, num_classes: int = 10) -> CompiledStep:
-    """Compile the step of a config, on a batch of such rows, for the first so many devices."""
+def compile_step(
+    config: ConfigDict,
+    rows: Batch,
+    *,
+    devices: int = 1,
+    num_classes: int = 10,
+    options: dict[str, Any] | None = None,
+) -> CompiledStep:
+    """Compile the step of a config, on a batch of such rows, for the first so many devices.
+
+    `options` are XLA's, besides those of training.
+    """
     mesh = sharding.make_mesh(jax.devices()[:devices])
     built = build(config, mesh, num_classes=num_classes, steps_per_epoch=1)
     (batch,) = sharding.put_batches([rows], mesh)
     others = built.teacher, batch
-    program = jit_train_step(built.recipe, mesh).lower(built.state, *others).compile()
+    program = jit_train_step(built.recipe, mesh).lower(built.state, *others).compile(options)
     return CompiledStep(program, built.state, others)
 
 
 def blank_rows(config: ConfigDict) -> Batch:
-    """Return a batch of black images."""
+    """Return a batch of black images of class 0."""
     size = config.data.image_size
+    maps = np.zeros((config.batch_size, size, size), np.uint8)
     return Batch(
-        image=np.zeros((config.batch_size, size, size, 3), np.uint8),
-        label=np.zeros(config.batch_size, np.int32),
+        image=np.zeros((*maps.shape, 3), np.uint8),
+        label=maps if config.task == "segmentation" else np.zeros(config.batch_size, np.int32),
         where=np.ones(config.batch_size, bool),
     )
 

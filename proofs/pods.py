@@ -19,14 +19,13 @@ from tat_jax import pods, sharding, topology
 from tat_jax.build import Built, build
 from tat_jax.compiled import Program
 from tat_jax.configs import r18_r34
-from tat_jax.pods import Data
+from tat_jax.pods import IMAGENET
 from tat_jax.topology import Pod
 
 DOCUMENT = ROOT / "docs" / "pods.md"
 PODS = ("v5e:2x4", "v5e:8x8", "v6e:8x8")
 DTYPES = ("float32", "bfloat16")
 EFFORTS: Mapping[str, Mapping[str, float]] = {"check's": topology.QUICK, "its own": {}}
-IMAGENET = Data(*pods.IMAGENET, None)
 
 
 class Taken(NamedTuple):

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from proofs import rounding, torch_transforms
-from proofs.fidelity import beside_pytorch, devices, pixels, segmentation, trajectories, weights
+from proofs.fidelity import (
+    beside_pytorch,
+    devices,
+    pixels,
+    segmentation_steps,
+    trajectories,
+    weights,
+)
 from proofs.fidelity.claim import Claim
 from proofs.photographs import photographs
 from proofs.program import Layout
@@ -19,12 +26,6 @@ def test_training_reproduces_the_runs_recorded_from_the_published_code(run):
     assert broken(claims) == []
 
 
-def test_patch_groups_and_anchors_are_those_of_the_published_segmentation_code():
-    claims = segmentation.claims()
-    assert len(claims) == 24
-    assert broken(claims) == []
-
-
 def test_each_step_in_float32_agrees_from_the_state_of_float64():
     run = trajectories.recorded()[0]
     losses = trajectories.float32_losses_from_exact_states(run)
@@ -36,6 +37,10 @@ def test_two_steps_on_photographs_lie_on_pytorchs(tmp_path):
     claims = beside_pytorch.claims(photographs(None, 16), None, tmp_path / "curves.png", steps=2)
     assert broken(claims) == []
     assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_two_steps_of_segmentation_are_pytorchs():
+    assert broken(segmentation_steps.claims(steps=2)) == []
 
 
 def test_two_processes_of_four_devices_segment_as_one_device_does():

@@ -12,21 +12,19 @@ DEPTHS = {
 }
 
 
-def conv(fan_in, fan_out, size, stride=1, dilation=1):
-    padding = dilation * (size // 2)
-    return nn.Conv2d(fan_in, fan_out, size, stride, padding=padding, dilation=dilation, bias=False)
+def conv(fan_in, fan_out, size, stride=1):
+    return nn.Conv2d(fan_in, fan_out, size, stride, padding=size // 2, bias=False)
 
 
 class Block(nn.Module):
-    def __init__(self, fan_in, width, stride, bottleneck, dilation=1):
+    def __init__(self, fan_in, width, stride, bottleneck):
         super().__init__()
         fan_out = 4 * width if bottleneck else width
         if bottleneck:
-            self.conv1, self.conv2 = conv(fan_in, width, 1), conv(width, width, 3, stride, dilation)
+            self.conv1, self.conv2 = conv(fan_in, width, 1), conv(width, width, 3, stride)
             self.conv3, self.bn3 = conv(width, fan_out, 1), nn.BatchNorm2d(fan_out)
         else:
-            self.conv1 = conv(fan_in, width, 3, stride, dilation)
-            self.conv2 = conv(width, width, 3, dilation=dilation)
+            self.conv1, self.conv2 = conv(fan_in, width, 3, stride), conv(width, width, 3)
             self.conv3 = None
         self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
         self.downsample = None

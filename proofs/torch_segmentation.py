@@ -11,10 +11,11 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional
 
-from proofs.torch_deeplab import WIDTH
 from proofs.torch_step import TorchEmbedding, take_step, tat_loss
 
 IGNORED = 255
+CHANNELS = 256  # of the decoders' maps
+DROPOUTS = (0, 0.5, 0.1)  # of both networks: that behind the pyramid is left out
 
 
 class TorchSegmentation(nn.Module):
@@ -23,7 +24,7 @@ class TorchSegmentation(nn.Module):
     def __init__(self, student):
         super().__init__()
         self.student = student
-        self.query, self.key, self.value = (TorchEmbedding(WIDTH, WIDTH, 1) for _ in range(3))
+        self.query, self.key, self.value = (TorchEmbedding(CHANNELS, CHANNELS, 1) for _ in range(3))
 
     def forward(self, images, told):
         """Return logits, and query, key and value, normalised over one image at a time."""

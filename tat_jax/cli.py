@@ -168,8 +168,10 @@ def _prediction() -> tuple[Path, Path] | None:
     """
     given = {flag.name: flag.value for flag in (_IMAGES, _OUT)}
     if _MODE.value != "predict":
-        for name in (name for name, value in given.items() if value is not None):
-            raise ValueError(f"--{name} is for --mode predict; the images of others are --config.data.root")
+        if unread := [name for name, value in given.items() if value is not None]:
+            raise ValueError(
+                f"--{unread[0]} is for --mode predict; the images of others are --config.data.root"
+            )
         return None
     for name, what in (("images", "of the images"), ("out", "where predictions go")):
         if not given[name]:
@@ -282,7 +284,7 @@ def _check_may_be_demo(folder: Place, *, besides: str) -> None:
 def _run(experiment: Experiment) -> None:
     import jax
 
-    from tat_jax import check, evaluate, predict, study, topology, train
+    from tat_jax import check, evaluate, predict, study, summary, topology, train
 
     config, folder, _ = experiment
     student, teacher = (
@@ -306,7 +308,7 @@ def _run(experiment: Experiment) -> None:
         if "study" in config:
             report = study.run(config, folder)
         else:
-            report = train.report(config, train.run(config, folder, student=student, teacher=teacher))
+            report = summary.report(config, train.run(config, folder, student=student, teacher=teacher))
         if jax.process_index() == 0:
             print(report)
             print(f"run folder {folder}, picture {folder / 'curves.png'}")

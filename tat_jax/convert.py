@@ -46,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
         dest="file",
         metavar="FILE",
         type=_path,
-        help="a checkpoint of PyTorch or safetensors with torchvision's or timm's names, an index of several "
+        help="a checkpoint of PyTorch or safetensors with torchvision's or timm's names, or for a deeplab "
+        "those of jfzhang95/pytorch-deeplab-xception, an index of several "
         "or their folder, instead of a download",
     )
     parser.add_argument("--head", choices=["fresh"], help="convert the backbone, and start a head afresh")

@@ -28,7 +28,8 @@ Look = list[tuple[np.ndarray, LabelMap, str]]
 class Gallery:
     """The pictures of a run's evaluations, each replacing the one before.
 
-    `confusion.png` is drawn where the task counts what is confused, `predictions.png` where labels are maps.
+    `predictions.png` is drawn after each evaluation where labels are maps, `confusion.png` after the last one
+    where the task counts what is confused.
     Only the process that shows has one: it computes by copies on a device of its own, and no other waits.
 
     Args:
@@ -44,21 +45,27 @@ class Gallery:
         if recipe.teacher is not None and teacher is not None and recipe.teacher_has_head:
             self._teacher = recipe.teacher, teacher
 
-    def draw(self, evaluation: Evaluation, graph: nnx.GraphDef, state: nnx.State) -> None:
-        """Draw what an evaluation of a student's view found.
+    def draw_confusion(self, evaluation: Evaluation) -> None:
+        """Draw what an evaluation confused, which takes seconds where classes are many.
+
+        Raises:
+            OSError: the picture cannot be written.
+        """
+        if evaluation.confusion is not None:
+            with paths.replacing(self._folder / "confusion.png") as partial:
+                pictures.plot_confusion(evaluation.confusion, partial, class_names(self._data.source))
+
+    def draw(self, graph: nnx.GraphDef, state: nnx.State) -> None:
+        """Draw what a student's view predicts.
 
         Args:
-            evaluation: what it measured.
             graph: the structure of the view.
             state: its arrays, whole on every device.
 
         Raises:
-            OSError: a picture cannot be written.
+            OSError: the picture cannot be written.
         """
         source = self._data.source
-        if evaluation.confusion is not None:
-            with paths.replacing(self._folder / "confusion.png") as partial:
-                pictures.plot_confusion(evaluation.confusion, partial, class_names(source))
         if maps := self._label_maps(graph, state):
             named, colours = class_names(source), class_colours(source)
             columns = {"truth": [label for _, label, _ in self._look], "prediction": maps, **self._of_teacher}
@@ -106,14 +113,13 @@ def _sheet(
     """Return a row for each image: itself as its file has its sides, and its label maps beside it."""
     inside = [overlays.inside(label).shape for _, label, _ in look]
     sizes = [tuple(max(side * _SIDE // max(shape), 1) for side in shape) for shape in inside]
-    high, wide = (max(sides) for sides in zip(*sizes, strict=True))
-    cell, row = wide + _GAP, high + LINE
-    canvas = Image.new("RGB", (cell * (1 + len(columns)), LINE + row * len(look)), "white")
+    cell, high = max(width for _, width in sizes) + _GAP, sum(height + LINE for height, _ in sizes)
+    canvas = Image.new("RGB", (cell * (1 + len(columns)), LINE + high), "white")
     draw = ImageDraw.Draw(canvas)
     for i, title in enumerate(("image", *columns)):
         draw.text((i * cell + _GAP // 2, 2), title, "black", font())
+    top = LINE
     for i, ((image, _, name), (height, width)) in enumerate(zip(look, sizes, strict=True)):
-        top = LINE + i * row
         shown = [Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)]
         for maps in columns.values():
             label = Image.fromarray(overlays.inside(maps[i])).resize(
@@ -123,4 +129,5 @@ def _sheet(
         for j, picture in enumerate(shown):
             canvas.paste(picture, (j * cell + _GAP // 2, top))
         draw.text((_GAP // 2, top + height + 1), fit(Path(name).name, cell), "black", font())
+        top += height + LINE
     return np.asarray(canvas)

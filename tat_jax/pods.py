@@ -25,7 +25,6 @@ from tat_jax.topology import Pod
 _Found = TypeVar("_Found")
 _FULL = 15 / 16  # of its memory that a program takes of a device, or more: no larger batch is looked for
 _TWICE = 1.01  # times its operations an image, or more: a program computes activations twice to save memory
-IMAGENET = (1_281_167, 50_000, 1_000)
 
 
 class Data(NamedTuple):
@@ -36,6 +35,17 @@ class Data(NamedTuple):
     num_classes: int
     classes: Sequence[str] | None
     largest: tuple[int, int] | None = None
+
+
+IMAGENET = Data(1_281_167, 50_000, 1_000, None)
+# Of data that is not here, by its source.
+_KNOWN = {
+    "imagefolder": ("ImageNet", IMAGENET),
+    "webdataset": ("ImageNet", IMAGENET),
+    "tfds": ("ImageNet", IMAGENET),
+    "voc": ("VOC", Data(10_582, 1_449, 21, None, (500, 500))),
+    "cocostuff": ("COCO-Stuff", Data(9_000, 1_000, 182, None, (640, 640))),
+}
 
 
 def describe_pod(config: ConfigDict, pod: Pod) -> tuple[str, Pod]:
@@ -55,17 +65,19 @@ def describe_pod(config: ConfigDict, pod: Pod) -> tuple[str, Pod]:
 
 
 def find_data(config: ConfigDict) -> tuple[str, Data]:
-    """Open the images that a config names, or take ImageNet's numbers for those that are not here.
+    """Open the images that a config names, or take the numbers of ImageNet, VOC or COCO-Stuff instead.
 
     Raises:
+        FileNotFoundError: images of one's own with label maps are not there.
         ValueError: the config does not fit them.
     """
     try:
         train, val = (open_source(config.data, split) for split in SPLITS)
     except FileNotFoundError as error:
-        side = config.data.image_size
-        found = Data(*IMAGENET, None, (side, side))
-        note = f"\nNOTE: ImageNet's numbers are assumed, for {error}"
+        if config.data.source not in _KNOWN:
+            raise
+        name, found = _KNOWN[config.data.source]
+        note = f"\nNOTE: {name}'s numbers are assumed, for {error}"
     else:
         largest = getattr(val, "largest", None)
         found, note = Data(len(train), len(val), train.num_classes, class_names(train), largest), ""

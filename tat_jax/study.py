@@ -91,7 +91,7 @@ def run(config: ConfigDict, folder: str | Place) -> str:
     rows = {}
     for name, of_seeds in students.items():
         rows[name] = [_train(student, folder, _place(folder, name, student)) for student in of_seeds]
-    table = _table(task, of_teacher, rows)
+    table = compare(task, of_teacher, rows)
     if jax.process_index() == 0:
         (folder / "table.txt").write_text(f"{table}\n")
         best = None if of_teacher is None else of_teacher[f"eval/{task.best}"]
@@ -226,12 +226,18 @@ def config_of_training(config: ConfigDict) -> ConfigDict:
     return _variant(config, ConfigDict())
 
 
-def _table(
+def compare(
     task: Task,
     teacher: Mapping[str, Any] | None,
     students: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
 ) -> str:
-    """Return a line for the teacher and each variant; of those the seeds, too, in the first column."""
+    """Return a table with a line for the teacher and each variant.
+
+    Args:
+        task: has the columns.
+        teacher: the row of its evaluation; None where there is none to compare.
+        students: for each variant the rows of its seeds, which stand behind the line by the first column.
+    """
     columns = task.columns or ((task.best, "last"),)
     names = max(map(len, (_TEACHER, *students))) + 2
     what = "% (mean ± standard deviation)"

@@ -27,7 +27,6 @@ from tat_jax.networks import OwnNetwork
 from tat_jax.position import Position
 from tat_jax.signals import Interrupted, StopSignals
 from tat_jax.step import jit_train_step
-from tat_jax.summary import report as report
 from tat_jax.summary import summarize
 from tat_jax.usage import as_json, usage_of
 
@@ -264,8 +263,11 @@ class _Training:
             self._bar.write(f"{self._place.name}: epoch {epoch}/{self._config.epochs}  {evaluation}")
             if skipped:
                 self._bar.write(f"  {skipped} unreadable training images skipped")
-            self._gallery.draw(evaluation, *_view(self._built.recipe, self._state))
         self._save(evaluation.measures)
+        if self._show:  # after the save, which a picture that cannot be drawn must not cost
+            self._gallery.draw(*_view(self._built.recipe, self._state))
+            if self.is_done():
+                self._gallery.draw_confusion(evaluation)
 
     def finish(self) -> dict[str, Row]:
         """Draw the run, keep of it what is asked for, and return its last and its best evaluation."""

@@ -27,6 +27,7 @@ from tat_jax.networks.view import normalize
 from tat_jax.schedules import linear
 from tat_jax.tasks.classification import Classification
 from tat_jax.weights import store
+from tests import test_segmentation
 from tests.interpreter import children
 from tests.tiny import Tiny
 
@@ -220,7 +221,17 @@ def test_a_picture_that_cannot_be_written_is_no_failure(find, tmp_path, monkeypa
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_a_run_in_a_bucket_is_checked_without_a_picture(emulator):
+def test_a_segmentation_is_checked_and_its_crops_are_drawn_with_their_label_maps(find):
+    config = test_segmentation.config_of(batch_size=8)
+    own = {"student": test_segmentation.student, "teacher": test_segmentation.teacher}
+    hold, found = find(config, **own)
+    assert hold
+    assert list(found) == [name.replace("top-1", "mIoU") for name in ITEMS]
+    assert "11 classes" in found["training data"]
+    assert Path("run/check.png").is_file()
+
+
+def test_a_run_in_a_bucket_is_checked_without_a_picture():
     text, _ = inspection.draw_crops(open_pipeline(config_of(), "train"), None, Bucket("s3://bucket/runs/a"))
     assert text == "not drawn: s3://bucket/runs/a is in a bucket"
 

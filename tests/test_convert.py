@@ -17,7 +17,7 @@ import safetensors.numpy
 import torch
 from flax import nnx
 
-from proofs.torch_deeplab_strides import TorchDeepLab
+from proofs.torch_deeplab import TorchDeepLab
 from proofs.torch_resnet import TorchResNet, random_torch_resnet, randomize
 from tat_jax import convert, networks
 from tat_jax.weights import names, published, store
@@ -435,7 +435,9 @@ def test_a_network_without_published_weights_says_how_to_name_a_file(tmp_path, m
 
 def test_an_architecture_that_is_none_is_named_with_those_that_are(tmp_path, capsys):
     error_of("resnet19", "--to", tmp_path / "weights")
-    assert "no architecture 'resnet19'; there are resnet18, resnet34" in capsys.readouterr().err
+    assert (
+        "no architecture 'resnet19'; there are deeplab_resnet18, deeplab_resnet34" in capsys.readouterr().err
+    )
 
 
 def test_a_layer_of_one_s_own_whose_layout_pytorch_has_otherwise_is_not_exported():

@@ -17,18 +17,35 @@ from tat_jax.configs import (
     r18_r34_ce,
     r18_r34_kd,
     r18_r34_scratch,
+    seg_coco_mobilenet,
+    seg_coco_r18,
+    seg_compare,
+    seg_folder,
+    seg_teacher,
+    seg_voc_mobilenet,
+    seg_voc_r18,
     supervised,
 )
 from tat_jax.losses import LOSSES, terms_of
 
 EXPERIMENTS = [r18_r34, r18_r34_kd, r18_r34_ce, r18_r34_scratch, supervised]
+EXPERIMENTS += [seg_teacher, seg_coco_r18, seg_coco_mobilenet, seg_voc_r18, seg_voc_mobilenet, seg_folder]
 NAMES = sorted(flatten_dict(base.base().to_dict(), sep="."))
-TEXT = {"weights", "root", "tfds_name", "student_tap", "teacher_tap"}
+TEXT = {"weights", "root", "sbd_root", "tfds_name", "student_tap", "teacher_tap"}
 NONE = {"bn_group", "clip_norm", "labels_per_class", "image_size", "student_tap", "teacher_tap"}
-NONE |= {"classes", "eval_resize", "grey_range", "processes"}
+NONE |= {"classes", "eval_resize", "grey_range", "processes", "sbd_root"}
 # Where 0 means something.
 ZERO = {"seed", "steps_left_out", "checkpoint_minutes", "weight", "embedding_kernel", "weight_decay"}
-ZERO |= {"patch_weight", "anchor_weight", "momentum", "warmup_epochs", "minimum_rate", "threads", "processes"}
+ZERO |= {
+    "ignore_label",
+    "patch_weight",
+    "anchor_weight",
+    "momentum",
+    "warmup_epochs",
+    "minimum_rate",
+    "threads",
+    "processes",
+}
 
 
 def last(name):
@@ -182,7 +199,12 @@ def test_a_run_and_an_evaluation_check_first(tmp_path, run):
     ("name", "value", "beside", "read_where"),
     [
         ("data.labels_per_class", 5, "data.source is 'imagefolder'", "'digits'"),
-        ("data.exif_orientation", True, "data.source is 'digits'", "'imagefolder' or 'webdataset' or 'tfds'"),
+        (
+            "data.exif_orientation",
+            True,
+            "data.source is 'digits'",
+            "'imagefolder' or 'webdataset' or 'tfds' or 'label_folder'",
+        ),
         ("optimizer.momentum", 0.8, "optimizer.name is 'adamw'", "'sgd'"),
         ("optimizer.minimum_rate", 1e-5, "optimizer.schedule is 'multistep'", "'cosine'"),
         ("losses.kd.temperature", 4.0, "losses.kd.weight is 0.0", "other than 0"),
@@ -198,7 +220,7 @@ def test_a_field_that_nothing_reads_is_told_with_what_makes_it_read(name, value,
     ]
 
 
-@pytest.mark.parametrize("module", [*EXPERIMENTS, digits, finetune, compare])
+@pytest.mark.parametrize("module", [*EXPERIMENTS, digits, finetune, compare, seg_compare])
 @pytest.mark.parametrize("argument", ["", "smoke"])
 def test_no_config_sets_what_nothing_reads(module, argument):
     assert list(experiment.notes(module.get_config(argument))) == []

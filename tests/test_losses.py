@@ -213,6 +213,7 @@ def temporaries(loss, *shapes):
     return jax.jit(jax.value_and_grad(loss)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere sums take in what they are of")
 def test_the_loss_of_pixels_holds_no_labels_one_hot():
     logits = jax.ShapeDtypeStruct((2, 65, 65, 182), np.float32)
     labels = jax.ShapeDtypeStruct((2, 65, 65), np.uint8)

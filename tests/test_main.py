@@ -351,7 +351,7 @@ def test_help_names_the_flags():
 TRAINING = """
     import sys
     from flax import nnx
-    from tat_jax import outputs, train
+    from tat_jax import outputs, summary, train
     from tat_jax.configs import r18_r34_ce
     from tests.tiny import Tiny
 
@@ -360,7 +360,7 @@ TRAINING = """
     config.epochs = 2
     config.data.update({"image_size": 16, "eval_resize": 16})
     evaluations = train.run(config, sys.argv[1], student=Tiny(2, classes=10, rngs=nnx.Rngs(0)))
-    print(train.report(config, evaluations))
+    print(summary.report(config, evaluations))
 """
 
 

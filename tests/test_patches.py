@@ -1,9 +1,7 @@
 """The TaT loss of patch groups and anchors agrees with the published segmentation code and its formulas."""
 
 import functools
-import json
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,40 +9,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from proofs.fidelity import segmentation
 from tat_jax import sharding
 from tat_jax.batch import Batch
 from tat_jax.losses import anchor_loss, patch_group_loss, tat, tat_blocks, tat_loss
 from tat_jax.losses.patches import PatchAnchor
 from tat_jax.networks.view import Outputs
-from tests.test_tat import draw, maps
-
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "published_code.json").read_text())["segmentation"]
-FORMS = {"stack_attn": "stack", "batch_attn": "batch", None: "sum"}
+from tests.claims import broken
+from tests.test_tat import maps
 
 
-@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["id"])
-def test_losses_and_gradients_are_those_of_the_published_code(case, x64):
-    shape = case["shape_nchw"]
-    query, key = (draw(f"{case['id']}/{name}", shape, 0.3) for name in "qk")
-    value, target = (draw(f"{case['id']}/{name}", shape) for name in "vt")
-    how = {"patches": (case["n"], case["m"]), "groups": case["heads"], "form": FORMS[case["attn_type"]]}
-
-    def of_groups(query, value):
-        return patch_group_loss(query, key, value, target, **how).mean()
-
-    def of_anchors(query, value):
-        return anchor_loss(query, key, value, target, anchors=tuple(case["anchor"])).mean()
-
-    @jax.jit
-    def of_both(*maps):
-        return [jax.value_and_grad(loss, (0, 1))(*maps) for loss in (of_groups, of_anchors)]
-
-    for name, (found, (by_query, by_value)) in zip(
-        ("patchgroup", "anchor"), of_both(query, value), strict=True
-    ):
-        assert found == pytest.approx(case[f"{name}_loss"], rel=1e-10)
-        assert np.linalg.norm(by_query) == pytest.approx(case[f"{name}_grad_q_norm"], rel=1e-10)
-        assert np.linalg.norm(by_value) == pytest.approx(case[f"{name}_grad_v_norm"], rel=1e-10)
+def test_losses_and_gradients_are_those_of_the_published_code():
+    claims = segmentation.claims()
+    assert len(claims) == 6 * len(segmentation.recorded())
+    assert broken(claims) == []
 
 
 def waves(batch):
@@ -199,6 +177,7 @@ def compiled(loss, shape, **how):
     return gradients.lower(x, x, x, x).compile()
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere blocks are larger")
 @pytest.mark.parametrize(
     ("loss", "how"),
     [

@@ -163,7 +163,7 @@ def test_a_training_takes_its_steps_and_evaluations_and_costs_its_chips(price, c
 def test_the_largest_batch_fits_lines_up_and_was_compiled(monkeypatch, group, train, full, largest, said):
     compiled = []
 
-    def compile_step(built, config, pod, *, images):
+    def compile_step(built, config, pod, *, images, source):
         compiled.append(images // 8)
         if images // 8 > 63:
             raise MemoryError("too large")

@@ -1,20 +1,33 @@
 """Segmentation: that pixels of mixed image sizes are counted exactly, and a training up to its pictures."""
 
+import functools
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tat_jax import sharding
+from tat_jax import evaluate, networks, sharding, study, summary, train
 from tat_jax.batch import Batch
+from tat_jax.configs import base
+from tat_jax.data.digit_masks import DigitMasks
 from tat_jax.data.label_maps import IGNORED, OUTSIDE
+from tat_jax.data.pipeline import open_pipeline
 from tat_jax.data.sources import Digits
+from tat_jax.evaluate import jit_eval_step
+from tat_jax.metrics import is_evaluation, read_rows
 from tat_jax.networks.view import Outputs
 from tat_jax.tasks.original_size import image_sizes, nearest
 from tat_jax.tasks.segmentation import Segmentation
+from tat_jax.usage import usage_of
+from tat_jax.weights import folders
+from tests import tiny
+from tests.test_train import assert_same_run
 
 CLASSES = 5
 # Heights and widths of images: of one pixel, of one tile, of several, square, wide and high.
@@ -269,3 +282,99 @@ class TestLabels:
     def test_a_source_without_label_maps_is_refused_with_the_way_out(self):
         with pytest.raises(ValueError, match=r"take a data\.source of label maps, or task=classification"):
             Segmentation().blank_label(ConfigDict({"image_size": 8}), Digits("val"), train=True)
+
+
+def config_of(**changes):
+    """Return a training of one network under another on scenes of digits, two steps an epoch."""
+    config = base.base()
+    config.update({"task": "segmentation", "epochs": 2, "batch_size": 80, "log_every": 1})
+    config.losses.cross_entropy.weight = 0.0
+    config.losses.pixel_cross_entropy.weight = config.losses.kd.weight = 1.0
+    config.data.update({"source": "digit_masks", "image_size": 33, "threads": 1})
+    config.optimizer.milestones = ()
+    config.update(changes)
+    return config
+
+
+def student(*, rngs, **_):
+    return tiny.Segmenter(4, classes=11, rngs=rngs)
+
+
+def teacher(*, rngs, **_):
+    return tiny.Segmenter(8, classes=11, rngs=rngs)
+
+
+run = functools.partial(train.run, student=student, teacher=teacher)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return the folder of a run of two epochs, and what it returned."""
+    folder = tmp_path_factory.mktemp("segmentation")
+    return folder, run(config_of(), folder)
+
+
+class TestTraining:
+    def test_a_run_logs_every_measure_and_draws_its_pictures(self, trained):
+        folder, _ = trained
+        rows = read_rows(folder)
+        assert [row["epoch"] for row in rows if is_evaluation(row)] == [1, 2]
+        logged = {name for row in rows for name in row}
+        assert {"train/train_pixel_accuracy", "train/teacher_agreement", "eval/iou/background"} <= logged
+        measures = ("miou", "miou_squashed", "pixel_accuracy", "class_accuracy", "frequency_weighted_iou")
+        assert {f"eval/{name}" for name in measures} <= logged
+        for name in ("curves.png", "images.png", "predictions.png", "confusion.png"):
+            assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+    def test_a_run_that_was_continued_equals_the_uninterrupted_one_and_draws_again(self, tmp_path, trained):
+        run(config_of(epochs=1), tmp_path)
+        (tmp_path / "predictions.png").unlink()
+        run(config_of(), tmp_path)
+        assert_same_run(tmp_path, trained[0])
+        drawn = [(folder / "predictions.png").read_bytes() for folder in (tmp_path, trained[0])]
+        assert drawn[0] == drawn[1]
+
+    def test_an_evaluation_measures_the_same_whatever_the_batch_by_one_program_and_ends_with_a_table(
+        self, trained
+    ):
+        folder, ends = trained
+        expected = {n.removeprefix("eval/"): v for n, v in ends["last"].items() if n.startswith("eval/")}
+        for batch_size in (80, 40):
+            found = evaluate.run(config_of(batch_size=batch_size), folder, "last", student=student)
+            assert (found.measures, found.images) == (expected, 48)
+        assert found.report().startswith(f"{found}\nIoU, %\nbackground ")
+        report = summary.report(config_of(), ends).splitlines()
+        assert [line.split()[0] for line in report[:4]] == ["last", "best", "IoU,", "background"]
+        assert report[-5].split() == ["mIoU", *(f"{100 * ends[w]['eval/miou']:.2f}" for w in ends)]
+
+    def test_images_of_many_sizes_are_evaluated_by_one_program(self, trained):
+        network = networks.restore(folders.last(trained[0]), network=student)
+        mesh, data = sharding.make_mesh(), open_pipeline(config_of(), "val")
+        assert len({example.label.shape for example in map(data.source.__getitem__, range(48))}) > 30
+        graph, state = nnx.split(network.view)
+        compiled = jit_eval_step(mesh)._cache_size()
+        evaluate.evaluate(graph, jax.device_put(state), Segmentation(), data, mesh, show=False)
+        assert jit_eval_step(mesh)._cache_size() <= compiled + 1
+
+    def test_what_whoever_calls_the_network_needs_is_kept_colours_included(self, trained):
+        usage = json.loads((trained[0] / "usage.json").read_text())
+        assert usage["classes"] == ["background", *map(str, range(10))]
+        assert usage["image"] == {"size": 33}
+        source = DigitMasks("val")
+        source.colours = np.arange(33, dtype=np.uint8).reshape(11, 3)
+        network = networks.restore(folders.last(trained[0]), network=student)
+        assert usage_of(config_of(), network, source)["colours"] == source.colours.tolist()
+
+
+def test_the_study_s_table_has_both_measures_last_and_best():
+    def row(step, miou, squashed):
+        return {"step": step, "eval/miou": miou, "eval/miou_squashed": squashed}
+
+    seeds = [[row(1, 0.5, 0.41), row(2, 0.4, 0.43)], [row(1, 0.1, 0.2), row(2, 0.2, 0.3)]]
+    table = study.compare(Segmentation(), row(2, 0.6, 0.61), {"alone": seeds}).splitlines()
+    assert [" ".join(line.split()) for line in table] == [
+        "validation, % (mean ± standard deviation)",
+        "mIoU, last mIoU, best mIoU squashed, last mIoU squashed, best (mIoU, last of each seed)",
+        "teacher 60.00 60.00 61.00 61.00",
+        "alone 30.00 ± 14.14 35.00 ± 21.21 36.50 ± 9.19 35.50 ± 7.78 (40.00, 20.00)",
+    ]

@@ -50,6 +50,12 @@ def test_the_table_is_that_of_the_runs_in_the_order_of_the_config_and_is_kept(do
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_student_may_say_a_field_that_was_replaced(tmp_path):
+    config = config_of({"tat": {"losses": {"tat": {"layer4": {"per_teacher_position": True}}}}})
+    (student,) = study.students_of(config, tmp_path)["tat"]
+    assert student.losses.tat.layer4.asks == "teacher"
+
+
 def test_a_student_s_network_evaluates_to_what_the_table_says(done):
     config, folder, _ = done
     evaluation = evaluate.run(study.config_of_training(config), folder / "kd" / "seed0", "last")

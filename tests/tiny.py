@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
+from tat_jax.networks.interpolation import interpolate
 from tat_jax.networks.layers import BatchNorm, at_least_float32, conv
 
 
@@ -36,3 +37,19 @@ class Dropping(Tiny):
     def __call__(self, images, *, train=False, where=None):
         logits = super().__call__(images, train=train, where=where)
         return self.dropout(logits, deterministic=not train)
+
+
+class Segmenter(Tiny):
+    """A network that classifies each pixel by its coarse maps, half of which it drops in training."""
+
+    def __init__(self, width, *, rngs, **options):
+        super().__init__(width, rngs=rngs, **options)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, images, *, train=False, where=None):
+        """Return logits of the images' size and sow `decoder`."""
+        x = nnx.relu(self.bn1(self.conv1(images.astype(self.dtype)), train=train, where=where))
+        x = self.bn2(self.conv2(x), train=train, where=where)
+        self.sow(nnx.Intermediate, "decoder", x)
+        logits = self.fc(self.dropout(nnx.relu(x), deterministic=not train))
+        return interpolate(logits, *images.shape[1:3])

@@ -1,18 +1,19 @@
 """How memory, time and communication grow.
 
-`python -m proofs.bench.growth [--json FILE] [--plot FILE]`. The step of `configs/r18_r34.py` with random
-weights: by batch size, crop and classes on one device, and by number of simulated devices what they send each
-other, read from the compiled program. The TaT loss by positions.
+`python -m proofs.bench.growth [PART …] [--json FILE] [--plot FILE]`. The step of `configs/r18_r34.py` with
+random weights: by batch size, crop and classes on one device, and by number of simulated devices what they
+send each other, read from the compiled program. The TaT loss by positions. The step of `seg_voc_r18.py`, by
+crop and by loss.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from matplotlib.figure import Figure
 
-from proofs.bench import memory, scaling
+from proofs.bench import memory, scaling, segmentation
 from proofs.bench.memory import Figures
 from proofs.command import add_json, make_parser, publish, to_write
 from proofs.report import markdown_table
@@ -64,23 +65,30 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(cells)
 
 
+PARTS: Mapping[str, Callable[[], Sequence[Any]]] = {
+    "processes": scaling.processes,
+    "weak": scaling.weak,
+    "strong": scaling.strong,
+    "batches": memory.by_batch,
+    "crops": memory.by_crop,
+    "classes": memory.by_classes,
+    "positions": memory.by_positions,
+    "segmentation": segmentation.temporaries,
+}
+
+
 def main() -> None:
     """Measure, print the tables, and write what the options ask for."""
     parser = make_parser(__doc__)
     add_json(parser)
-    parser.add_argument("--plot", type=to_write, metavar="FILE", help="draw them into this file")
+    parser.add_argument("--plot", type=to_write, metavar="FILE", help="draw all of them into this file")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; else all")
     options = parser.parse_args()
+    if options.plot and options.parts:
+        parser.error("--plot draws all parts: name none")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(scaling.DEVICES))
-    figures: dict[str, Sequence[Any]] = {
-        "processes": scaling.processes(),
-        "weak": scaling.weak(),
-        "strong": scaling.strong(),
-        "batches": memory.by_batch(),
-        "crops": memory.by_crop(),
-        "classes": memory.by_classes(),
-        "positions": memory.by_positions(),
-    }
+    figures = {name: PARTS[name]() for name in options.parts or PARTS}
     publish([_table(rows) for rows in figures.values()], figures, options.json)
     if options.plot:
         plot(figures, options.plot)

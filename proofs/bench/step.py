@@ -1,12 +1,14 @@
-"""The training step, ResNet-34 → 18 with TaT at 224²: ours beside PyTorch's, eager and compiled.
+"""The training step: ours beside PyTorch's, eager and compiled.
 
-`python -m proofs.bench.step [--json FILE]`. On a CPU batch 16 in float32; on a GPU batch 256 in bfloat16,
-which is AMP in PyTorch, twenty steps at a time, and ours is compared with the roofline, too: the images/s at
-which the step's operations, or the bytes that the compiled program moves, would take all of what the
-maker promises. PyTorch works channels-last, and its cuDNN looks for the fastest algorithms, as XLA does.
+`python -m proofs.bench.step [PART …] [--json FILE]`, of `classification`, ResNet-34 → 18 with TaT at 224²,
+and `segmentation`, see `bench.segmentation`; else both. On a CPU batch 16 in float32; on a GPU batch 256 in
+bfloat16, which is AMP in PyTorch, twenty steps at a time, and ours is compared with the roofline, too: the
+images/s at which the step's operations, or the bytes that the compiled program moves, would take all of what
+the maker promises. PyTorch works channels-last, and its cuDNN looks for the fastest algorithms, as XLA does.
 """
 
-from collections.abc import Callable
+from argparse import ArgumentParser
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from ml_collections import ConfigDict
 from torch.utils.flop_counter import FlopCounterMode
 
 from proofs import torch_step
+from proofs.bench import segmentation
 from proofs.bench.full_size import full_size
 from proofs.bench.sidebyside import Row, compare_times, main
 from proofs.compiled_step import compile_step
@@ -32,7 +35,12 @@ GPU_STEPS = 20
 PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
 
 
-def measure() -> list[Row]:
+def measure(parts: Sequence[str]) -> list[Row]:
+    """Compare what the command line names, else all."""
+    return [row for name in parts or PARTS for row in PARTS[name]()]
+
+
+def classification() -> list[Row]:
     """Compare with PyTorch eager and with `torch.compile`."""
     on_gpu = torch.cuda.is_available() and jax.default_backend() == "gpu"
     config = full_size(on_gpu=on_gpu)
@@ -120,5 +128,16 @@ def pytorch_step(
     return call
 
 
+PARTS: Mapping[str, Callable[[], list[Row]]] = {
+    "classification": classification,
+    "segmentation": segmentation.measure,
+}
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add the choice of parts."""
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; else all")
+
+
 if __name__ == "__main__":
-    main(__doc__, measure)
+    main(__doc__, measure, add_options=add_options)

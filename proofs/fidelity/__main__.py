@@ -18,6 +18,7 @@ from proofs.fidelity import (
     devices,
     pixels,
     segmentation,
+    segmentation_steps,
     trajectories,
     weights,
 )
@@ -31,6 +32,7 @@ PARTS: Mapping[str, Part] = {
     "pytorch": lambda chosen: beside_pytorch.claims(
         chosen.photos, chosen.weights, DOCUMENT.with_suffix(".png")
     ),
+    "segmentation_steps": lambda _: segmentation_steps.claims(),
     "devices": lambda _: devices.claims(),
     "ddp": lambda _: ddp.claims(),
     "collectives": lambda _: collectives.claims(),

@@ -5,7 +5,6 @@ networks drop features and normalise by the batch. A row of each batch is paddin
 has no class. PyTorch is given the images that count, and the masks that our own layers of dropout draw.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,23 +16,30 @@ from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from torch import nn
 
 from proofs import torch_segmentation
 from proofs.fidelity import our_step
 from proofs.fidelity.claim import Claim
 from proofs.rounding import largest_relative_error, relative_error
-from proofs.torch_deeplab import TorchDeepLab, TorchResNetBackbone, random_torch_deeplab
+from proofs.torch_deeplab import TorchDeepLab
 from proofs.torch_resnet import randomize
-from proofs.torch_segmentation import TorchSegmentation
+from proofs.torch_segmentation import DROPOUTS, TorchSegmentation
 from tat_jax import sharding
 from tat_jax.batch import Batch
 from tat_jax.build import Built, build
 from tat_jax.configs import base
 from tat_jax.data.label_maps import IGNORED
 from tat_jax.distill import TrainState
+from tat_jax.networks.view import watch
 
-SIZE, CLASSES, WIDTH = 65, 5, 8
-COUNTS = np.array([True, True, False])  # the rows of each batch
+SIZE, CLASSES, WIDTH = 33, 5, 8
+_LARGE = 321  # where every dilation reaches within the backbone's map, 21²
+# The rows of each batch. With two images alone the branch of ASPP that pools has statistics of two numbers,
+# and with a query of scale 1 the attention is saturated. Both amplify rounding: PyTorch's own losses moved by
+# 1e-3 within ten steps, for weights moved by 1e-14.
+COUNTS = np.array([True, True, True, False])
+_QUERY = 0.05  # scale of the query
 TERM = f"patch_anchor_{base.DECODER}"
 BOUND = 1e-9
 _DROPOUTS = (3, 7)  # of the decoder's last_conv
@@ -48,14 +54,51 @@ _MEASURED = {
 Masks = list[list[torch.Tensor]]
 
 
+class Masked(nn.Module):
+    """Dropout whose mask is given, scale included."""
+
+    def __init__(self, mask: torch.Tensor):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what is left of a map."""
+        return x * self.mask
+
+
 def claims(steps: int = 10) -> list[Claim]:
+    """Compare both networks' maps of a large image, every step of training, and what all steps lead to."""
+    student, teacher = (_torch_network(name, seed) for seed, name in enumerate(("resnet18", "resnet50")))
+    return [
+        *(claim_of_maps(network, name) for network, name in ((student, "resnet18"), (teacher, "resnet50"))),
+        *claims_of_steps(student, teacher, steps),
+    ]
+
+
+def claim_of_maps(network: TorchDeepLab, name: str) -> Claim:
+    """Compare the pyramid's map of an image at 321² in evaluation mode."""
+    images = np.random.default_rng(0).normal(size=(1, _LARGE, _LARGE, 3))
+    with jax.enable_x64(True):
+        view = our_step.network(our_step.entries_of(network), f"deeplab_{name}", dtype="float64")
+        watch(view, ("aspp",), _LARGE)
+        graph, arrays = nnx.split(view)
+        ours = jax.jit(lambda arrays: nnx.merge(graph, arrays)(images).taps["aspp"])(arrays)
+    with torch.no_grad():
+        _, taps = network.eval()(torch.from_numpy(rearrange(images, "b h w c -> b c h w")), taps=True)
+    error = relative_error(rearrange(np.asarray(ours), "b h w c -> b c h w"), taps["aspp"])
+    return Claim(f"the map of the pyramid over {name}, {_LARGE}²", "PyTorch, float64", error, BOUND)
+
+
+def claims_of_steps(student: TorchDeepLab, teacher: TorchDeepLab, steps: int) -> list[Claim]:
     """Train both from the same weights on the same batches; compare every step, and what all lead to."""
     rows = list(batches(steps))
-    student, teacher = (_torch_network(name, seed) for seed, name in enumerate(("resnet18", "resnet50")))
     torch.manual_seed(2)
     model = TorchSegmentation(student).double()
     for embedding in (model.query, model.key, model.value):
         randomize(embedding)  # or the key's bias, which the loss does not see, would be 0 but for rounding
+    with torch.no_grad():
+        model.query.l2norm.weight.mul_(_QUERY)
+        model.query.l2norm.bias.mul_(_QUERY)
     with jax.enable_x64(True):
         ours, masks, tensors = _our_training(model, teacher, rows)
     theirs = list(_pytorch_training(model, teacher, rows, masks, _config(steps)))
@@ -92,7 +135,7 @@ def _config(steps: int) -> ConfigDict:
     config.losses.cross_entropy.weight = 0.0
     config.losses.pixel_cross_entropy.weight = 1.0
     config.losses.patch_anchor[base.DECODER].update(
-        {"weight": 0.1, "patches": (4, 4), "groups": 4, "anchors": (8, 8)}
+        {"weight": 0.1, "patches": (4, 4), "groups": 4, "anchors": (4, 4)}
     )
     config.optimizer.update(
         {
@@ -107,8 +150,9 @@ def _config(steps: int) -> ConfigDict:
 
 
 def _torch_network(architecture: str, seed: int) -> TorchDeepLab:
-    backbone = functools.partial(TorchResNetBackbone, architecture, WIDTH)
-    return random_torch_deeplab(backbone, CLASSES, seed=seed, aspp_dropout=False).double()
+    torch.manual_seed(seed)
+    network = TorchDeepLab(architecture, num_classes=CLASSES, width=WIDTH, dropouts=DROPOUTS)
+    return randomize(network).double()
 
 
 def _our_training(
@@ -171,7 +215,7 @@ def _pytorch_training(
         for row, of_networks in zip(rows, masks, strict=True):
             for network, of_layers in zip((model.student, teacher), of_networks, strict=True):
                 for i, mask in zip(_DROPOUTS, of_layers, strict=True):
-                    network.decoder.last_conv[i].mask = mask
+                    network.decoder.last_conv[i] = Masked(mask)
             images = rearrange(np.asarray(row.image)[COUNTS], "b h w c -> b c h w")
             yield torch.from_numpy(images), torch.from_numpy(np.asarray(row.label)[COUNTS]).long()
 

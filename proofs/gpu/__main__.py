@@ -22,7 +22,7 @@ DOCUMENT = ROOT / "docs" / "gpu.md"
 PARTS: Mapping[str, Part] = {
     "tests": lambda _: suite.results(),
     "fidelity": lambda chosen: precision.claims(chosen.photos),
-    "step": lambda _: step.measure(),
+    "step": lambda _: step.classification(),
     "loss": lambda _: large_maps.measure(),
     "loop": lambda chosen: loop.measure(chosen.photos),
     "kill": lambda _: kill.faults(),

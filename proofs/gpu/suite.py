@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 from proofs.program import ROOT
 
 # Other tests are of what no device computes, or need several.
-FILES = ("losses", "losses_of_ones_own", "fitnet", "tat", "resnet", "optim")
+FILES = ("losses", "losses_of_ones_own", "fitnet", "tat", "patches", "resnet", "optim")
 # Other versions than ours warn of other things; pytest-benchmark, where it is, of several workers.
 _HERE = ("-W", "default", "-p", "no:benchmark", "-p", "no:cacheprovider")
 # PyTorch's float32 on a CPU is what they compare with, not TF32.

@@ -16,8 +16,10 @@ def eval_resize(data: ConfigDict | Mapping[str, Any]) -> int:
     return round(data["image_size"] * 256 / 224) if said is None else said
 
 
-_ENCODED = ("source", one_of("imagefolder", "webdataset", "tfds", "label_folder"))  # whose images are files
+_CLASSED = ("source", one_of("imagefolder", "webdataset", "tfds", "digits"))  # whose labels are numbers
 _MAPPED = ("source", one_of("voc", "cocostuff", "label_folder", "digit_masks"))  # whose labels are maps
+# Whose images are files.
+_ENCODED = ("source", one_of("imagefolder", "webdataset", "tfds", "voc", "cocostuff", "label_folder"))
 
 FIELDS = {
     "source": Field("imagefolder", one_of(*SOURCES), "where the images come from"),
@@ -54,6 +56,7 @@ FIELDS = {
         or_none(whole(1)),
         "the shorter side from which evaluation cuts the centre; None: image_size · 256 / 224",
         none_is=eval_resize,
+        only_with=_CLASSED,
     ),
     "crop_scale": Field(
         (0.08, 1.0),
@@ -64,6 +67,7 @@ FIELDS = {
         ),
         "range of a training crop's share of the image's area",
         may_change=True,
+        only_with=_CLASSED,
     ),
     "crop_ratio": Field(
         (3 / 4, 4 / 3),
@@ -74,6 +78,7 @@ FIELDS = {
         ),
         "range of its width / height",
         may_change=True,
+        only_with=_CLASSED,
     ),
     "flip": Field(True, YES_OR_NO, "mirror half of the training images", may_change=True),
     "scale_range": Field(
@@ -96,7 +101,10 @@ FIELDS = {
     ),
     "blur": Field(True, YES_OR_NO, "blur half of the training crops", may_change=True, only_with=_MAPPED),
     "exif_orientation": Field(
-        False, YES_OR_NO, "turn and mirror images as their EXIF says", only_with=_ENCODED
+        False,
+        YES_OR_NO,
+        "turn and mirror images as their EXIF says; label maps stay as they are",
+        only_with=_ENCODED,
     ),
     "grey_range": Field(
         tuple,

@@ -104,13 +104,18 @@ def largest(paths: Iterable[str]) -> tuple[int, int]:
     """Return the largest height and the largest width of image files, of their headers alone.
 
     What has none, or claims more than 89 million pixels, is left out: to decode it will say so.
+
+    Raises:
+        OSError: a file cannot be read.
     """
 
     def size(path: str) -> tuple[int, int]:
         try:
             with Image.open(path) as opened:
                 return (opened.height, opened.width) if opened.height * opened.width <= MAX_PIXELS else (1, 1)
-        except Exception:  # whatever Pillow's readers meet
+        except Exception as error:  # whatever Pillow's readers meet
+            if isinstance(error, OSError) and error.errno is not None:  # not of the file's content
+                raise
             return 1, 1
 
     with ThreadPoolExecutor(_THREADS) as pool:

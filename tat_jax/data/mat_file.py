@@ -84,7 +84,8 @@ def _matrices(data: memoryview, order: str) -> Iterator[memoryview]:
             unpacked = unpacking.decompress(content, _MOST)
             if unpacking.unconsumed_tail:
                 raise ValueError(f"has a variable of more than {_MOST:,} bytes")
-            kind, content = next(_elements(memoryview(unpacked), order))
+            # Not StopIteration, which a generator may not let through.
+            kind, content = next(_elements(memoryview(unpacked), order), (0, memoryview(b"")))
         if kind == _MATRIX:
             yield content
 

@@ -132,6 +132,11 @@ class Pipeline:
             self._idle.pop().close()
 
     @property
+    def label_shape(self) -> tuple[int, ...] | None:
+        """Return the shape of a label; None where images have none."""
+        return None if self._blank_label is None else self._blank_label.shape
+
+    @property
     def memory(self) -> int:
         """Return how many bytes reading takes at most, but for images of more than 4 million pixels."""
         threads = max(self._threads, 1)
@@ -288,7 +293,9 @@ def check_same(config: ConfigDict, *pipelines: Pipeline) -> None:
     }
     for part, names in own.items():
         shared[part] = {name: value for name, value in shared[part].items() if name not in names}
-    found = [(len(of.source), of.source.num_classes, class_names(of.source)) for of in pipelines]
+    found = [
+        (len(of.source), of.source.num_classes, class_names(of.source), of.label_shape) for of in pipelines
+    ]
     things = {"the config": shared, "what was found of images": found}
     sharding.check_same(
         {

@@ -5,7 +5,7 @@ import time
 from ml_collections import ConfigDict
 
 from tat_jax.data.pipeline import Pipeline, open_pipeline
-from tat_jax.data.source import Example, Source, class_colours, class_names, notes, spread
+from tat_jax.data.source import Example, Source, class_colours, class_names, largest_image, notes, spread
 from tat_jax.quantities import count
 from tat_jax.tasks import TASKS
 
@@ -22,9 +22,13 @@ class Sample:
     def __init__(self, source: Source):
         self.num_classes = source.num_classes
         self.classes, self.colours = class_names(source), class_colours(source)
-        self.largest: tuple[int, int] | None = getattr(source, "largest", None)
         self._source = source
         self._indices = spread(len(source), _IMAGES).tolist()
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Return the largest height and width of the whole split, where labels are maps."""
+        return largest_image(self._source)
 
     def __len__(self) -> int:
         return len(self._indices)

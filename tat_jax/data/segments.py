@@ -53,7 +53,8 @@ def segment(
         return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)), label
     flip = rng.random() < 0.5 and data.flip
     low, high = (max(1, int(scale * size)) for scale in data.scale_range)
-    shape = _scaled(label.shape[0], label.shape[1], int(rng.integers(low, high, endpoint=True)))
+    _check_sides(image.shape[0], image.shape[1], high)
+    shape = _scaled(image.shape[0], image.shape[1], int(rng.integers(low, high, endpoint=True)))
     left, top = (int(rng.integers(max(side - size, 0), endpoint=True)) for side in shape[::-1])
     box = top, left, min(shape[0], size), min(shape[1], size)
     blur, radius = rng.random() < 0.5, rng.random()
@@ -118,15 +119,15 @@ def crop_of_nearest(
 
 
 def _scaled(height: int, width: int, shorter: int) -> tuple[int, int]:
-    """Return height and width when the shorter side is brought to a length.
-
-    Raises:
-        ValueError: the longer one would have no end.
-    """
+    """Return height and width when the shorter side is brought to a length."""
     longer = int(max(height, width) * shorter / min(height, width))
-    if longer > _LONGEST:
-        raise ValueError(f"{width} × {height} pixels, of which a crop would be a line")
     return (longer, shorter) if height > width else (shorter, longer)
+
+
+def _check_sides(height: int, width: int, shorter: int) -> None:
+    """Raise a ValueError if the longer side would have no end when the shorter one is brought to a length."""
+    if max(_scaled(height, width, shorter)) > _LONGEST:
+        raise ValueError(f"{width} × {height} pixels, of which a crop would be a line")
 
 
 def _needed(side: int, new_side: int, start: int, length: int) -> tuple[slice, float, float]:

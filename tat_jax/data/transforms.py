@@ -49,15 +49,15 @@ class DecodeError(ValueError):
 
     Args:
         name: of the file.
-        why: what is wrong with it.
+        why: what is wrong with it; may be part of the name, as sources of one's own have it.
     """
 
-    def __init__(self, name: str, why: str):
+    def __init__(self, name: str, why: str = ""):
         super().__init__(name, why)
         self.name = name
 
     def __str__(self) -> str:
-        return "{}: {}".format(*self.args)
+        return ": ".join(filter(None, self.args))
 
 
 def decode(

@@ -3,8 +3,6 @@
 import functools
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from tat_jax import paths
@@ -60,7 +58,6 @@ class Voc:
 
     Attributes:
         classes: the names of the classes by their labels.
-        colours: VOC's, in RGB.
         notes: how many images are of which data set.
         largest: height and width within which all images of the split lie.
 
@@ -75,7 +72,6 @@ class Voc:
     def __init__(self, root: str | Path, split: str, sbd: str | Path | None = None):
         self._folder = DiskFolder(paths.local(str(root)), _LAYOUT)
         self.classes = list(CLASSES)
-        self.colours = colours(self.num_classes)
         self.notes: list[str] = []
         images, labels = self._of_voc(split)
         if sbd is not None and split == "train":
@@ -131,12 +127,3 @@ class Voc:
             files_of(root / "dataset/img", ids, ".jpg", layout),
             files_of(root / "dataset/cls", ids, ".mat", layout),
         )
-
-
-def colours(count: int) -> UInt8[np.ndarray, "count 3"]:
-    """Return VOC's colours of so many classes: an index's bits, dealt to R, G and B from the top bit on."""
-    indices, found = np.arange(count), np.zeros((count, 3), np.int64)
-    for bit in range(8):
-        for channel in range(3):
-            found[:, channel] |= (indices >> (3 * bit + channel) & 1) << (7 - bit)
-    return found.astype(np.uint8)

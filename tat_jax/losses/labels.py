@@ -14,7 +14,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Integer
 
 from tat_jax.batch import Batch, Where
-from tat_jax.data.label_maps import IGNORED, OUTSIDE
 from tat_jax.fields import YES_OR_NO, Field
 from tat_jax.losses.loss import Loss, labels_of, logits_of
 from tat_jax.networks.layers import at_least_float32
@@ -58,7 +57,7 @@ def pixel_cross_entropy(
     """Return the mean of −log softmax(logits)[label] over the batch's labelled pixels, in nats.
 
     As the published segmentation code has it, the mean is divided by the number of images once more. Pixels
-    whose label is 255 (`IGNORED`) or 254 (`OUTSIDE`) do not count; without any other, the loss is 0.
+    whose label is no class, as 255 (`label_maps.IGNORED`), do not count; without any other, the loss is 0.
 
     Args:
         logits: of each pixel.
@@ -76,7 +75,7 @@ def pixel_cross_entropy(
         )
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     exact = at_least_float32(logits.dtype)
-    counts = (labels != IGNORED) & (labels != OUTSIDE)
+    counts = labels < logits.shape[3]
     images: Array | int = len(logits)
     if where is not None:
         counts &= jnp.asarray(where)[:, None, None]

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import reduce
@@ -18,7 +19,7 @@ from jaxtyping import Array, DTypeLike, Float
 from tat_jax.fields import YES_OR_NO, Field, one_of
 from tat_jax.networks import mobilenet, resnet
 from tat_jax.networks.architecture import Architecture
-from tat_jax.networks.interpolation import interpolate
+from tat_jax.networks.interpolation import convolve_interpolated, interpolate
 from tat_jax.networks.layers import BatchNorm, at_least_float32, conv, he_normal_by_inputs, uniform
 from tat_jax.networks.resnet import Maps, Where
 from tat_jax.networks.taps import show
@@ -138,15 +139,30 @@ class Decoder(nnx.Module):
         """Return its last map before the ReLU, the tap `decoder`, which is distilled."""
         mode: dict[str, Any] = {"train": train, "where": where}
         low_level = nnx.relu(self.bn1(self.conv1(low_level), **mode))
-        x = interpolate(x, *low_level.shape[1:3]).astype(x.dtype)
         first, norm1, relu, dropout, second, norm2, *_ = self.last_conv
-        x = relu(norm1(first(jnp.concatenate([x, low_level], axis=-1)), **mode))
+        x = relu(norm1(_join(first.kernel[...], x, low_level), **mode))
         return norm2(second(dropout(x, deterministic=not train)), **mode)
 
     def classify(self, x: Maps, *, train: bool) -> Float[Array, "batch height width classes"]:
         """Return the logits of its last map."""
         *_, relu, dropout, head = self.last_conv
         return head(dropout(relu(x), deterministic=not train))
+
+
+def _join(
+    kernel: Float[Array, "size size both features"], x: Maps, low_level: Float[Array, "batch h w low"]
+) -> Float[Array, "batch h w features"]:
+    """Convolve interpolated maps with those beside them, each with its part of the kernel."""
+    of_x, of_low_level = jnp.split(kernel, [x.shape[-1]], axis=2)
+    y = convolve_interpolated(x, of_x, *low_level.shape[1:3])
+    beside = jax.lax.conv_general_dilated(
+        low_level,
+        of_low_level.astype(low_level.dtype),
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return (y + beside).astype(x.dtype)
 
 
 class DeepLab(nnx.Module):

@@ -14,6 +14,7 @@ from tat_jax.data.label_maps import IGNORED, OUTSIDE
 
 _Carry = TypeVar("_Carry")
 TILE = 64  # rows and columns
+_MOST = 16  # classes compared at a time: of 32 and more, XLA's argmax on CPUs takes many times as long
 
 Logits = Float[Array, "batch height width classes"]
 Sizes = tuple[Int[Array, " batch"], Int[Array, " batch"]]
@@ -27,8 +28,33 @@ def image_sizes(canvas: UInt8[Array, "batch rows columns"]) -> Sizes:
 
 def best_class(logits: Float[Array, "*batch classes"]) -> Int[Array, "*batch"]:
     """Return the class of the highest logit, of equal ones the lower; −1 where one of them is no number."""
-    found = logits.argmax(-1).astype(jnp.int32)
-    return jnp.where(jnp.isnan(logits.max(-1)), -1, found)
+    *shape, classes = logits.shape
+
+    def some(first: Array, count: int) -> Array:
+        return lax.dynamic_slice_in_dim(logits, first, count, axis=-1)
+
+    return _best(some, tuple(shape), classes, logits.dtype)
+
+
+def _best(
+    some: Callable[[Array, int], Array], shape: tuple[int, ...], classes: int, dtype: jnp.dtype
+) -> Int[Array, "..."]:
+    """Return likewise the best class by what `some` returns: logits of so many classes, from the first."""
+    steps = -(-classes // _MOST)
+    count = -(-classes // steps)
+
+    def step(index: Array, so_far: tuple[Array, Array]) -> tuple[Array, Array]:
+        # The last ones overlap those before, and a class that comes again is no better than itself.
+        first = jnp.minimum(index * count, classes - count)
+        logits = some(first, count)
+        highest, which = logits.max(-1), first + logits.argmax(-1).astype(jnp.int32)
+        best, found = so_far
+        better = (highest > best) | jnp.isnan(highest)
+        return jnp.where(better, highest, best), jnp.where(better, which, found)
+
+    none = jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, jnp.int32)
+    best, found = lax.fori_loop(jnp.int32(0), jnp.int32(steps), step, none)
+    return jnp.where(jnp.isnan(best), -1, found)
 
 
 def class_maps(logits: Logits, sizes: Sizes, canvas: tuple[int, int]) -> UInt8[Array, "batch rows columns"]:
@@ -66,8 +92,7 @@ def fold_tiles(
     read, so that a pixel costs 4 · classes products whatever the sizes.
 
     One program does for images of any sizes: the number of tiles follows, while it runs, from the largest
-    height and width of the batch. It takes 64/h of the logits' own memory, and no part of that grows with H
-    or W.
+    height and width of the batch. Its memory is that of a tile, of 64² pixels and 16 classes an image.
 
     Args:
         logits: of the images.
@@ -82,26 +107,35 @@ def fold_tiles(
 
     def step(tile: Array, carry: _Carry) -> _Carry:
         top, left = tile // columns * TILE, tile % columns * TILE
-        of_tile = jax.vmap(_tile, (0, 0, 0, None, None))(logits, *sizes, top, left)
-        return visit(carry, best_class(of_tile), top, left)
+        classes = jax.vmap(_best_of_tile, (0, 0, 0, None, None))(logits, *sizes, top, left)
+        return visit(carry, classes, top, left)
 
     return lax.fori_loop(0, tiles, step, carry)
 
 
-def _tile(
-    logits: Float[Array, "height width classes"],
+def _best_of_tile(
+    logits: Float[Array, "h w classes"],
     height: Int[Array, ""],
     width: Int[Array, ""],
     top: Int[Array, ""],
     left: Int[Array, ""],
-) -> Float[Array, "rows columns classes"]:
-    """Return the logits of an image's tile at its own size."""
-    low, high, share = _neighbours(logits.shape[0], height, top)
-    share = share[:, None, None].astype(logits.dtype)
-    rows = (1 - share) * logits[low] + share * logits[high]
-    low, high, share = _neighbours(logits.shape[1], width, left)
-    share = share[None, :, None].astype(logits.dtype)
-    return (1 - share) * rows[:, low] + share * rows[:, high]
+) -> Int[Array, "rows columns"]:
+    """Return the best class of each pixel of an image's tile at its own size."""
+    h, w, classes = logits.shape
+    above, below, down = _neighbours(h, height, top)
+    before, after, along = _neighbours(w, width, left)
+    down, along = down[:, None, None].astype(logits.dtype), along[None, :, None].astype(logits.dtype)
+
+    def some(first: Array, count: int) -> Array:
+        def of(row: Array, column: Array) -> Array:
+            return lax.dynamic_slice(logits, (row, column, first), (1, 1, count))[0, 0]
+
+        at = jax.vmap(jax.vmap(of, (None, 0)), (0, None))
+        upper = (1 - along) * at(above, before) + along * at(above, after)
+        lower = (1 - along) * at(below, before) + along * at(below, after)
+        return (1 - down) * upper + down * lower
+
+    return _best(some, (TILE, TILE), classes, logits.dtype)
 
 
 def _neighbours(has: int, wants: Int[Array, ""], first: Int[Array, ""]) -> tuple[Array, Array, Array]:
@@ -127,7 +161,7 @@ def nearest(
     """
     # Tables of float64 sums, which decide between neighbours and which a device has not.
     of_rows, of_columns = (
-        jnp.asarray(np.stack([label_maps.nearest(n, size) for n in range(most + 1)]).astype(np.uint16))
+        jnp.asarray(np.stack([label_maps.nearest(n, size) for n in range(most + 1)]).astype(np.int32))
         for most, size in zip(canvas.shape[1:], (height, width), strict=True)
     )
 

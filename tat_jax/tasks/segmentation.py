@@ -62,13 +62,14 @@ class Segmentation(Task):
 
     def preparation(self, data: ConfigDict) -> str:
         """Say to what images are squashed, and at which sizes predictions are scored."""
-        return f"{super().preparation(data)}, squashed; scored at their own sizes and so"
+        size = super().preparation(data)
+        return f"{size}, to which whole images are squashed, scored at their own sizes and at this one"
 
     def measure(self, outputs: Outputs, batch: Batch, teacher: Outputs | None) -> dict[str, Float[Array, ""]]:
         """Return of pixels with a class the share where the student is right, and that where both agree."""
         if outputs.logits is None:
             return {}
-        prediction = outputs.logits.argmax(-1)
+        prediction = original_size.best_class(outputs.logits)
         counts = jnp.broadcast_to(batch.where[:, None, None], prediction.shape)
         measured = {}
         if batch.label is not None:
@@ -76,7 +77,7 @@ class Segmentation(Task):
             measured["train_pixel_accuracy"] = _share(prediction == batch.label, counts)
         theirs = teacher and teacher.logits
         if theirs is not None and theirs.shape == outputs.logits.shape:
-            measured["teacher_agreement"] = _share(prediction == theirs.argmax(-1), counts)
+            measured["teacher_agreement"] = _share(prediction == original_size.best_class(theirs), counts)
         return measured
 
     def count(self, outputs: Outputs, batch: Batch) -> dict[str, Int[Array, "..."]]:
@@ -129,8 +130,11 @@ class Segmentation(Task):
     def class_maps(
         self, outputs: Outputs, label: UInt8[Array, "batch rows columns"]
     ) -> UInt8[Array, "batch rows columns"] | None:
-        """Return the class of each pixel of images at their own sizes, on the canvases of their labels."""
-        if outputs.logits is None:
+        """Return the class of each pixel of images at their own sizes, on the canvases of their labels.
+
+        None of a network that gives no logits, or not of each pixel.
+        """
+        if outputs.logits is None or outputs.logits.ndim != 4:
             return None
         _, rows, columns = label.shape
         return original_size.class_maps(outputs.logits, original_size.image_sizes(label), (rows, columns))
