@@ -34,7 +34,6 @@ PARTS: Mapping[str, Part] = {
     ),
     "segmentation_steps": lambda _: segmentation_steps.claims(),
     "devices": lambda _: devices.claims(),
-    "devices_of_segmentation": lambda _: devices.claims_of_segmentation(),
     "ddp": lambda _: ddp.claims(),
     "collectives": lambda _: collectives.claims(),
     "pixels": lambda chosen: pixels.claims(chosen.photos),

@@ -19,8 +19,6 @@ class Case(NamedTuple):
 
 
 LAYOUTS = (Layout(1, 1), Layout(1, 2), Layout(1, 4), Layout(1, 8), Layout(2, 4))
-LAYOUTS_OF_SEGMENTATION = (Layout(1, 1), Layout(1, 8), Layout(2, 4))
-BOUNDS = {"float32": rounding.SINGLE, "float64": rounding.DOUBLE}
 # The last of each is of fewer images.
 CLASSIFICATION = Case("r18_r34.py:smoke", ("--config.data.labels_per_class=10",))
 SEGMENTATION = Case(
@@ -34,24 +32,9 @@ def claims() -> list[Claim]:
     return [
         claim
         for groups, bn in (("the whole batch", ()), ("8 groups", ("--config.bn_group=2",)))
-        for dtype, bound in BOUNDS.items()
+        for dtype, bound in (("float32", rounding.SINGLE), ("float64", rounding.DOUBLE))
         for claim in compare(
             LAYOUTS, *bn, f"--config.dtype={dtype}", name=f"{dtype}, BatchNorm over {groups}", bound=bound
-        )
-    ]
-
-
-def claims_of_segmentation() -> list[Claim]:
-    """Compare likewise those of a segmentation whose teacher is in training mode, with dropout in both."""
-    return [
-        claim
-        for dtype, bound in BOUNDS.items()
-        for claim in compare(
-            LAYOUTS_OF_SEGMENTATION,
-            f"--config.dtype={dtype}",
-            case=SEGMENTATION,
-            name=f"segmentation in {dtype}",
-            bound=bound,
         )
     ]
 
