@@ -46,8 +46,12 @@ def test_an_overlay_mixes_image_and_colours_by_its_opacity_but_for_what_is_outsi
         inside = label != OUTSIDE
         np.testing.assert_allclose(mixed[inside], expected[inside], atol=1 if 0 < opacity < 1 else 0)
         np.testing.assert_array_equal(mixed[~inside], colourise(label, colours)[~inside])
+
+
+def test_an_image_and_a_label_of_two_sizes_are_refused(unchecked):
+    image, label = np.zeros((5, 7, 3), np.uint8), np.zeros((4, 7), np.uint8)
     with pytest.raises(ValueError, match="not of one size: 5 × 7 and 4 × 7"):
-        overlay(image, label[1:], colours)
+        overlay(image, label, palette(21))
 
 
 def test_a_legend_names_what_occurs_in_its_colour_whatever_the_names_are():
