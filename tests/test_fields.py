@@ -203,7 +203,7 @@ def test_a_run_and_an_evaluation_check_first(tmp_path, run):
             "data.exif_orientation",
             True,
             "data.source is 'digits'",
-            "'imagefolder' or 'webdataset' or 'tfds' or 'label_folder'",
+            "'imagefolder' or 'webdataset' or 'tfds' or 'voc' or 'cocostuff' or 'label_folder'",
         ),
         ("optimizer.momentum", 0.8, "optimizer.name is 'adamw'", "'sgd'"),
         ("optimizer.minimum_rate", 1e-5, "optimizer.schedule is 'multistep'", "'cosine'"),
