@@ -79,11 +79,10 @@ class Gallery:
     @functools.cached_property
     def _look(self) -> Look:
         """Return the images that are shown, where labels are maps."""
-        return [
-            (image, label, name)
-            for image, label, name in self._data.look(_IMAGES)
-            if isinstance(label, np.ndarray) and label.ndim == 2
-        ]
+        if len(self._data.label_shape or ()) != 2:  # so that nothing is read that is not shown
+            return []
+        look = self._data.look(_IMAGES)
+        return [(image, np.asarray(label), name) for image, label, name in look]
 
     @functools.cached_property
     def _of_teacher(self) -> Mapping[str, list[LabelMap]]:
