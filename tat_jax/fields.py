@@ -6,7 +6,7 @@ holds, what is checked, what `--help` lists and what a continued run may do othe
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -140,20 +140,24 @@ def default(field: Field) -> Any:
 
 def find(fields: Fields, name: str) -> Field | None:
     """Return the field of a dotted name; of a value within a field that holds several, that field."""
+    found = _find(fields, name.split("."))
+    return found if isinstance(found, Field) else None
+
+
+def _find(fields: Fields, parts: Sequence[str]) -> Any:
+    """Return what a path leads to: fields, a field, or None; of a path within a field, that field."""
     here: Any = fields
-    for part in name.split("."):
+    for part in parts:
         if isinstance(here, Field) or here is None:
             break
         here = here.get(part, here.get("*"))
-    return here if isinstance(here, Field) else None
+    return here
 
 
 def find_former(fields: Fields, name: str) -> tuple[str, Former] | None:
     """Return, of the dotted name of a field that was replaced, that of the one now, and what it was."""
     above, _, last = name.rpartition(".")
-    here: Any = fields
-    for part in above.split(".") if above else ():
-        here = None if isinstance(here, Field) or here is None else here.get(part, here.get("*"))
+    here = _find(fields, above.split(".") if above else ())
     if isinstance(here, Field) or here is None:
         return None
     for now, field in here.items():

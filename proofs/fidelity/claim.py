@@ -1,6 +1,11 @@
 """What is claimed, compared with what, how far off it was measured to be, and how far it may be."""
 
-from typing import NamedTuple
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from proofs.report import table
 
 
 class Claim(NamedTuple):
@@ -35,3 +40,10 @@ class Claim(NamedTuple):
             "bound": bound,
             "": mark,
         }
+
+
+def check_files(claims: Callable[[Path], Sequence[Claim]], files: Sequence[str | Path]) -> NoReturn:
+    """Print the claims of files of recorded figures, and exit with 1 if a bound is broken."""
+    found = [claim for file in files for claim in claims(Path(file))]
+    print(table(found))
+    sys.exit(not all(claim.holds for claim in found))

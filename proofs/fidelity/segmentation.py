@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from proofs.fidelity.claim import Claim
+from proofs.fidelity.claim import Claim, check_files
 from proofs.fidelity.trajectories import GOLDEN, draw
-from proofs.report import table
 from proofs.rounding import relative_error
 from tat_jax.losses import anchor_loss, patch_group_loss
 from tat_jax.losses.patches import Form
@@ -73,12 +72,5 @@ def _claims_of(case: dict[str, Any]) -> list[Claim]:
     ]
 
 
-def main(files: list[str]) -> None:
-    """Check the cases recorded in `files`, and exit with 1 if a bound is broken."""
-    found = [claim for file in files or [str(GOLDEN)] for claim in claims(Path(file))]
-    print(table(found))
-    sys.exit(not all(claim.holds for claim in found))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    check_files(claims, sys.argv[1:] or [GOLDEN])

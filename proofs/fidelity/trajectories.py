@@ -22,9 +22,8 @@ from ml_collections import ConfigDict
 
 from proofs import torch_resnet, torch_step
 from proofs.fidelity import our_step
-from proofs.fidelity.claim import Claim
+from proofs.fidelity.claim import Claim, check_files
 from proofs.program import ROOT
-from proofs.report import table
 from proofs.rounding import largest_relative_error, relative_error
 from proofs.torch_resnet import TorchResNet
 from proofs.torch_step import TorchStudent
@@ -272,12 +271,5 @@ def _network(run: dict[str, Any], module: str, dtype: str) -> View:
     return our_step.network(entries, name, dtype=dtype)
 
 
-def main(files: list[str]) -> None:
-    """Check the runs recorded in `files`, and exit with 1 if a bound is broken."""
-    found = [claim for file in files or [str(GOLDEN)] for claim in claims(Path(file))]
-    print(table(found))
-    sys.exit(not all(claim.holds for claim in found))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    check_files(claims, sys.argv[1:] or [GOLDEN])

@@ -20,6 +20,7 @@ _CLASSED = ("source", one_of("imagefolder", "webdataset", "tfds", "digits"))  # 
 _MAPPED = ("source", one_of("voc", "cocostuff", "label_folder", "digit_masks"))  # whose labels are maps
 # Whose images are files.
 _ENCODED = ("source", one_of("imagefolder", "webdataset", "tfds", "voc", "cocostuff", "label_folder"))
+_RANGE = numbers(2, "two numbers greater than 0, the second not less", lambda low, high: 0 < low <= high)
 
 FIELDS = {
     "source": Field("imagefolder", one_of(*SOURCES), "where the images come from"),
@@ -71,11 +72,7 @@ FIELDS = {
     ),
     "crop_ratio": Field(
         (3 / 4, 4 / 3),
-        numbers(
-            2,
-            "two numbers greater than 0, the second not less",
-            lambda low, high: 0 < low <= high,
-        ),
+        _RANGE,
         "range of its width / height",
         may_change=True,
         only_with=_CLASSED,
@@ -83,11 +80,7 @@ FIELDS = {
     "flip": Field(True, YES_OR_NO, "mirror half of the training images", may_change=True),
     "scale_range": Field(
         (0.5, 2.0),
-        numbers(
-            2,
-            "two numbers greater than 0, the second not less",
-            lambda low, high: 0 < low <= high,
-        ),
+        _RANGE,
         "times image_size, range of the shorter side from which a training crop is cut",
         may_change=True,
         only_with=_MAPPED,

@@ -82,7 +82,7 @@ class LabelFolder:
     @functools.cached_property
     def largest(self) -> tuple[int, int]:
         """Return the largest height and width, as labels begin with theirs."""
-        return largest(map(self._labels.__getitem__, range(len(self))))
+        return largest(self._labels)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -140,7 +140,7 @@ def _list(folder: DiskFolder, kind: str, split: str, passed: PassedOver) -> dict
     check_all_were_read(folder.root, passed, [str(folder.root / here)] * (not counts[0]), passed.lines(split))
     start = len(os.path.join(str(folder.root / here), ""))
     found: dict[str, str] = {}
-    for path in map(listed.__getitem__, range(len(listed))):
+    for path in listed:
         stem, ending = os.path.splitext(path)
         if kind == "labels" and ending.lower() != ".png":
             raise ValueError(f"{path}: a label is a PNG of class indices")

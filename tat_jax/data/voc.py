@@ -88,7 +88,7 @@ class Voc:
     @functools.cached_property
     def largest(self) -> tuple[int, int]:
         """Return the largest height and width."""
-        return largest(map(self._images.__getitem__, range(len(self))))
+        return largest(self._images)
 
     def __len__(self) -> int:
         return len(self._images)

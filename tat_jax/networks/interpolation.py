@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from tat_jax.networks.layers import at_least_float32
 
@@ -11,16 +11,30 @@ from tat_jax.networks.layers import at_least_float32
 def matrix(
     size_in: int, size_out: int, *, dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "{size_out} {size_in}"]:
-    """Return what interpolates `size_in` values linearly at `size_out` places, the first and last aligned.
-
-    Row i has the two weights of place i · (size_in − 1) / (size_out − 1), as PyTorch's `align_corners=True`;
-    the place is divided in whole numbers, so that weights are rounded once.
-    """
-    steps = max(size_out - 1, 1)
-    below, rest = jnp.divmod(jnp.arange(size_out)[:, None] * (size_in - 1), steps)
-    share = rest.astype(dtype) / steps
+    """Return what interpolates `size_in` values linearly at `size_out` places, see `aligned_places`."""
+    below, share = (x[:, None] for x in aligned_places(size_in, size_out, jnp.arange(size_out), dtype=dtype))
     columns = jnp.arange(size_in)[None]
     return jnp.where(columns == below, 1 - share, jnp.where(columns == below + 1, share, 0))
+
+
+def aligned_places(
+    size_in: int, size_out: int | Int[Array, ""], places: Int[Array, " places"], *, dtype: DTypeLike
+) -> tuple[Int[Array, " places"], Float[Array, " places"]]:
+    """Return below which of `size_in` values each of `size_out` places lies, and its way to the next value.
+
+    Place i is at i · (size_in − 1) / (size_out − 1), so that the first and the last are aligned, as PyTorch's
+    `align_corners=True` has it; it is divided in whole numbers, so that the way is rounded once, and no place
+    to the other side of a value.
+
+    Args:
+        size_in: the number of values.
+        size_out: the number of places; it may be known on the device alone.
+        places: those wanted, less than `size_out`.
+        dtype: of the ways.
+    """
+    steps = jnp.maximum(size_out - 1, 1)
+    below, rest = jnp.divmod(places * (size_in - 1), steps)
+    return below, rest.astype(dtype) / steps.astype(dtype)
 
 
 def interpolate(

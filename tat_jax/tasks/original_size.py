@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from tat_jax.data import label_maps
 from tat_jax.data.label_maps import IGNORED, OUTSIDE
+from tat_jax.networks.interpolation import aligned_places
 
 _Carry = TypeVar("_Carry")
 TILE = 64  # rows and columns
@@ -122,9 +123,9 @@ def _best_of_tile(
 ) -> Int[Array, "rows columns"]:
     """Return the best class of each pixel of an image's tile at its own size."""
     h, w, classes = logits.shape
-    above, below, down = _neighbours(h, height, top)
-    before, after, along = _neighbours(w, width, left)
-    down, along = down[:, None, None].astype(logits.dtype), along[None, :, None].astype(logits.dtype)
+    above, below, down = _neighbours(h, height, top, logits.dtype)
+    before, after, along = _neighbours(w, width, left, logits.dtype)
+    down, along = down[:, None, None], along[None, :, None]
 
     def some(first: Array, count: int) -> Array:
         def of(row: Array, column: Array) -> Array:
@@ -138,14 +139,13 @@ def _best_of_tile(
     return _best(some, (TILE, TILE), classes, logits.dtype)
 
 
-def _neighbours(has: int, wants: Int[Array, ""], first: Int[Array, ""]) -> tuple[Array, Array, Array]:
+def _neighbours(
+    has: int, wants: Int[Array, ""], first: Int[Array, ""], dtype: jnp.dtype
+) -> tuple[Array, Array, Array]:
     """Return between which two of `has` places each one of a tile lies, and its way from one to the other."""
-    # In integers up to the last division, so that no place is rounded to the other side of a neighbour.
-    last = jnp.maximum(wants - 1, 0)
-    way = jnp.minimum(first + jnp.arange(TILE, dtype=jnp.int32), last) * (has - 1)
-    steps = jnp.maximum(last, 1)
-    low = way // steps
-    return low, jnp.minimum(low + 1, has - 1), (way % steps) / steps
+    places = jnp.minimum(first + jnp.arange(TILE, dtype=jnp.int32), jnp.maximum(wants - 1, 0))
+    low, way = aligned_places(has, wants, places, dtype=dtype)
+    return low, jnp.minimum(low + 1, has - 1), way
 
 
 def nearest(

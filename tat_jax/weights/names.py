@@ -92,8 +92,15 @@ def _head(architecture: str) -> tuple[str, str]:
 @functools.cache
 def _body(architecture: str) -> frozenset[str]:
     """Return the names of a network's arrays, but for its head's."""
-    shapes = _shapes({"architecture": architecture, "num_classes": 1})
-    return frozenset(torch_names(path, architecture)[0] for path in shapes) - {*_head(architecture)}
+    return frozenset(torch_names(path, architecture)[0] for path in _paths(architecture)) - {
+        *_head(architecture)
+    }
+
+
+@functools.cache
+def _paths(architecture: str) -> tuple[str, ...]:
+    """Return the paths of a network's arrays, which its classes do not change."""
+    return tuple(_shapes({"architecture": architecture, "num_classes": 1}))
 
 
 def _of_network(
@@ -113,7 +120,7 @@ def _of_network(
 def _without_doubles(entries: Entries, architecture: str, source: str) -> Entries:
     """Return the entries without those that PyTorch has under a further name."""
     entries = dict(entries)
-    for path in _shapes({"architecture": architecture, "num_classes": 1}):
+    for path in _paths(architecture):
         first, *others = torch_names(path, architecture)
         for name in others:
             double = entries.pop(name, None)
