@@ -11,6 +11,7 @@ from flax import nnx
 from tat_jax import check, pods, sharding, topology
 from tat_jax.build import build
 from tat_jax.compiled import Program, collectives, describe
+from tat_jax.configs import seg_coco_r18, seg_folder, seg_voc_r18
 from tat_jax.data.pipeline import open_pipeline
 from tat_jax.pods import Data
 from tat_jax.step import jit_train_step
@@ -260,3 +261,19 @@ def test_the_compiler_for_tpus_compiles_for_a_pod_that_is_not_here(capsys):
     found = topology.compile_step(built_of(config_of()), config_of(bn_group=4), pod, images=16)
     assert found.memory < 100 * MIB
     assert found.collectives["all-reduce"][0] > 0
+
+
+@pytest.mark.parametrize(("config", "counts"), [(seg_voc_r18, (10_582, 21)), (seg_coco_r18, (9_000, 182))])
+def test_of_data_that_is_not_here_the_numbers_of_its_own_source_are_assumed(
+    config, counts, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    said, found = pods.find_data(config.get_config())
+    assert (found.train, found.num_classes) == counts
+    assert "numbers are assumed" in said
+
+
+def test_nothing_is_assumed_of_label_maps_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="data/segments"):
+        pods.find_data(seg_folder.get_config())

@@ -131,13 +131,14 @@ class TestCount:
         assert counts["confusion"][3, 3] == 72
         assert counts["confusion_squashed"][3, 3] == 25
 
-    def test_pixels_of_logits_that_are_no_numbers_are_wrong(self):
+    @pytest.mark.parametrize("label", range(CLASSES))
+    def test_pixels_of_logits_that_are_no_numbers_are_wrong_whatever_their_class(self, label):
         logits = np.zeros((1, 5, 5, CLASSES), np.float32)
-        logits[..., 2] = 1
+        logits[..., label] = 1
         logits[0, 0, 0, 4] = np.nan
-        counts = count(logits, batch_of([np.full((5, 5), 2, np.uint8)]))
+        counts = count(logits, batch_of([np.full((5, 5), label, np.uint8)]))
         for name in ("confusion", "confusion_squashed"):
-            assert counts[name][2, 2] == 24
+            assert counts[name][label, label] == 24
             assert counts[name].sum() == 25
 
     def test_labels_are_squashed_to_the_pixels_that_pillow_takes_whatever_the_sizes(self):
