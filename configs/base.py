@@ -23,12 +23,15 @@ def base() -> ConfigDict:
     # weights: a folder of converted weights, a run of main.py, or "random".
     config.student = network("resnet18", "random")
     config.teacher = network("resnet34", "weights/resnet34")
-    # Σ weight · loss; weight 0 costs nothing. A loss of taps has a term for each pair of them, by name.
+    # Σ weight · loss; weight 0 costs nothing. A loss of taps has a term for each pair of them, by name: those
+    # that are listed, and any that the command line names.
     config.losses = {
         "cross_entropy": loss("cross_entropy", weight=1.0),
         "kd": loss("kd"),
         "tat": {tap: loss("tat") for tap in (*TAPS, DECODER)},
         "fitnet": {tap: loss("fitnet") for tap in TAPS},
+        "resized": {TAPS[-1]: loss("resized")},
+        "self_similarity": {TAPS[-1]: loss("self_similarity")},
         "pixel_cross_entropy": loss("pixel_cross_entropy"),
         "patch_anchor": {DECODER: loss("patch_anchor")},
     }

@@ -240,6 +240,11 @@ def _names(fields: Fields, prefix: str = "") -> Iterator[str]:
         yield from [prefix + name] if isinstance(field, Field) else _names(field, f"{prefix}{name}.")
 
 
+def may_be_missing(fields: Field | Fields) -> bool:
+    """Return whether a config may lack a field, or a section as none of its fields must be there."""
+    return not any(_required(fields, ""))
+
+
 def _required(field: Field | Fields, name: str) -> Iterator[str]:
     if isinstance(field, Field):
         if not field.optional:

@@ -2,12 +2,12 @@
 
 import ast
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from tat_jax.fields import YES_OR_NO, Fields, Rule, find, find_former, unknown
+from tat_jax.fields import YES_OR_NO, Field, Fields, Rule, find, find_former, may_be_missing, unknown
 
 _FLAG = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 _NOTHING = ("None", "none")
@@ -83,16 +83,20 @@ def apply(config: ConfigDict, overrides: Sequence[Override], fields: Fields) -> 
 
 def _set(config: ConfigDict, name: str, texts: Sequence[str], fields: Fields) -> None:
     *above, last = name.split(".")
-    here, prefix = config, ""
+    here, prefix, known = config, "", fields
     for part in above:
-        _check_is_there(here, part, prefix, fields)
+        below = known.get(part, known.get("*"))
+        if part and part not in here and isinstance(below, Mapping) and may_be_missing(below):
+            with here.unlocked():  # a term of the loss that the config does not list
+                here[part] = ConfigDict()
+        _check_is_there(part, here, prefix, fields)
         prefix += f"{part}."
         if not isinstance(here[part], ConfigDict):
             raise ValueError(f"--config.{name}: {prefix[:-1]}={here[part]!r} has no fields of its own")
-        here = here[part]
-    _check_is_there(here, last, prefix, fields)
-    field, before = find(fields, name), here[last]
-    if field is None and isinstance(before, ConfigDict):
+        here, known = here[part], below if isinstance(below, Mapping) else {}
+    before = _value_of(last, here, known, prefix, fields)
+    field = find(fields, name)
+    if field is None and isinstance(before, Mapping | ConfigDict):
         raise ValueError(f"--config.{name}={texts[-1]}: it has fields of its own, {', '.join(before)}")
     rule = field.rule if field else _like(before)
     for value in _values(texts, before):
@@ -103,9 +107,21 @@ def _set(config: ConfigDict, name: str, texts: Sequence[str], fields: Fields) ->
     raise ValueError(f"--config.{name}={texts[-1]}: allowed is {rule.allowed}")
 
 
-def _check_is_there(config: ConfigDict, name: str, prefix: str, fields: Fields) -> None:
-    if name not in config:
-        raise ValueError(f"--config.{unknown(name, config, prefix, fields)}")
+def _value_of(name: str, here: ConfigDict, known: Fields, prefix: str, fields: Fields) -> Any:
+    """Return what a field is; of one that its section may lack, the default; of a section, its fields."""
+    if name not in here and name and may_be_missing(known):
+        declared = known.get(name, known.get("*"))
+        if isinstance(declared, Field):
+            return None if isinstance(declared.default, type) else declared.default
+        if isinstance(declared, Mapping):
+            return declared
+    _check_is_there(name, here or known, prefix, fields)
+    return here[name]
+
+
+def _check_is_there(name: str, there: Iterable[str], prefix: str, fields: Fields) -> None:
+    if name not in there:
+        raise ValueError(f"--config.{unknown(name, there, prefix, fields)}")
 
 
 def _like(before: Any) -> Rule:

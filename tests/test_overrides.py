@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tat_jax import experiment, overrides
+from tat_jax import experiment, losses, overrides
 from tat_jax.configs import base, digits, r18_r34
 from tat_jax.schedules import linear
 
@@ -120,7 +120,11 @@ def test_what_a_field_may_not_be_is_answered_with_field_value_and_what_is_allowe
         ("learning_rate=3", r"learning_rate is no field; did you mean optimizer.learning_rate\?"),
         ("optimizer.lr=0.1", "optimizer.lr is no field; optimizer has .*learning_rate, .*name"),
         ("lr=0.1", "lr is no field; the config has .*task"),
-        ("losses.tat.layer9.weight=1", "losses.tat.layer9 is no field; did you mean"),
+        ("losses.tatt.layer4.weight=1", r"losses.tatt is no field; did you mean losses.tat\?"),
+        ("losses.tat.block11.wieght=1", r"did you mean losses.tat.block11.weight\?"),
+        ("losses.tat.block11=1", "losses.tat.block11=1: it has fields of its own, weight, student_tap"),
+        ("losses.tat..weight=1", "is no field"),
+        ("losses.tat.=1", "is no field"),
         ("student=resnet18", "student=resnet18: it has fields of its own, .*architecture, .*weights"),
         ("epochs.x=1", "epochs=100 has no fields of its own"),
         ("=1", "is no field"),
@@ -138,6 +142,31 @@ def test_a_field_that_is_not_there_is_answered_with_those_that_are(argument, ans
 def test_a_value_that_is_missing_is_missed(arguments):
     with pytest.raises(ValueError, match=r"--config.epochs"):
         said(r18_r34.get_config(), *arguments)
+
+
+def test_a_loss_takes_taps_that_the_config_does_not_list():
+    config = said(
+        r18_r34.get_config(),
+        "--config.losses.tat.block11.weight=0.2",
+        "--config.losses.tat.block11.asks=teacher",
+        "--config.losses.tat.block11.scale=1/sqrt(d)",
+        "--config.losses.resized.blocks.weight=1",
+        "--config.losses.resized.blocks.teacher_tap=norm",
+    )
+    experiment.check(config)
+    terms = {term.name: term for term in losses.terms_of(config.losses)}
+    assert terms.keys() == {"cross_entropy", "tat_layer4", "tat_block11", "resized_blocks"}
+    tat = {"student_tap": "block11", "teacher_tap": "block11", "asks": "teacher", "scale": "1/sqrt(d)"}
+    assert terms["tat_block11"][1:] == (losses.LOSSES["tat"], 0.2, tat)
+    assert terms["resized_blocks"].options == {"student_tap": "blocks", "teacher_tap": "norm"}
+
+
+def test_a_config_may_lack_a_loss_and_an_option_that_the_command_line_sets():
+    config = r18_r34.get_config()
+    config.losses = {"tat": {"layer4": {"weight": 0.2}}}
+    said(config, "--config.losses.kd.weight=1", "--config.losses.tat.layer4.heads=2")
+    experiment.check(config)
+    assert (config.losses.kd.to_dict(), config.losses.tat.layer4.heads) == ({"weight": 1.0}, 2)
 
 
 def test_what_follows_two_dashes_says_nothing_of_the_config():

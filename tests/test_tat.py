@@ -378,7 +378,7 @@ def test_shapes_and_heads_that_do_not_fit_are_named(unchecked):
     with pytest.raises(ValueError, match=r"query and key .* images: \(1, 3, 4, 8\) and \(2, 3, 4, 8\)"):
         target_aware_attention(query[:1], key, value)
     with pytest.raises(ValueError, match="key is no map"):
-        target_aware_attention(query, key[0], value)
+        target_aware_attention(query, key[0, 0], value)
     with pytest.raises(ValueError, match=r"query and target .*\(2, 3, 4, 8\) and \(1, 3, 4, 8\)"):
         tat_loss(query, key, value, key[:1])
     with pytest.raises(ValueError, match=r"heads=3 does not divide channels=8"):

@@ -15,7 +15,9 @@ from tat_jax.fields import Field, Fields, Rule
 from tat_jax.losses.labels import cross_entropy, pixel_cross_entropy
 from tat_jax.losses.logits import kd_loss, kd_weights, kl_divergence
 from tat_jax.losses.loss import FunctionLoss, Loss, Value
+from tat_jax.losses.maps import resized_loss
 from tat_jax.losses.patches import anchor_loss, patch_group_loss
+from tat_jax.losses.relations import self_similarity_loss
 from tat_jax.losses.tat import target_aware_attention, tat_loss
 from tat_jax.networks.view import Outputs
 from tat_jax.schedules import WEIGHT, is_zero
@@ -36,6 +38,8 @@ __all__ = [
     "own_terms",
     "patch_group_loss",
     "pixel_cross_entropy",
+    "resized_loss",
+    "self_similarity_loss",
     "target_aware_attention",
     "tat_loss",
     "terms_of",

@@ -1,17 +1,132 @@
 """Losses that match feature maps position by position."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
+import jax.numpy as jnp
 from einops import reduce
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from tat_jax.batch import Batch
-from tat_jax.fields import Field
+from tat_jax.batch import Batch, Where
+from tat_jax.fields import Field, one_of
+from tat_jax.losses.adapt import as_map, check_grids, resize, tap_shapes, unit_vectors
 from tat_jax.losses.loss import TAPS, Loss
 from tat_jax.networks.layers import BatchNorm, at_least_float32, uniform
 from tat_jax.networks.view import Outputs, OutputShapes
+
+Distance = Literal["mse", "cosine"]
+
+
+def resized_loss(
+    student: Float[Array, "batch h w channels"],
+    teacher: Float[Array, "batch height width channels"],
+    *,
+    distance: Distance = "mse",
+    where: Where | None = None,
+) -> Float[Array, ""]:
+    """Return the distance of a map, resized bilinearly to the grid of another, from that.
+
+    "mse": ‖resized − teacher‖², a mean over every element. "cosine": 1 − cos(resized_i, teacher_i), a mean
+    over the positions i. Of no paper: it is what is done where two grids differ, with
+    `torch.nn.functional.interpolate(mode="bilinear")`, which has no antialias.
+
+    Args:
+        student: in the teacher's channels.
+        teacher: of any grid.
+        distance: of two positions.
+        where: the images that count; None is all.
+
+    Raises:
+        ValueError: the maps differ in images or channels, or there is no such distance.
+    """
+    return jnp.mean(_distances(student, teacher, distance), where=where)
+
+
+def _distances(
+    student: Float[Array, "batch h w channels"],
+    teacher: Float[Array, "batch height width channels"],
+    distance: Distance,
+) -> Float[Array, " batch"]:
+    """Return the distance of each image, as in `resized_loss`."""
+    if distance not in get_args(Distance):
+        raise ValueError(f"distance={distance!r}: it is {' or '.join(map(repr, get_args(Distance)))}")
+    if (len(student), student.shape[-1]) != (len(teacher), teacher.shape[-1]):
+        raise ValueError(f"the maps differ in images or channels: {student.shape} and {teacher.shape}")
+    resized = resize(student, teacher.shape[1:3])
+    if distance == "cosine":
+        cosines = jnp.sum(unit_vectors(resized) * unit_vectors(teacher), -1)
+        return 1 - reduce(cosines, "b h w -> b", "mean")
+    return reduce((resized - teacher.astype(resized.dtype)) ** 2, "b h w c -> b", "mean")
+
+
+class Resized(Loss):
+    """The distance of the student's map, projected and resized to the teacher's, from that.
+
+    The projector is a 1×1 convolution with bias, drawn as PyTorch draws it; it comes before the resizing,
+    with which it commutes. Tokens are the square map that they form.
+
+    Args:
+        student_features: channels of the student's tap.
+        teacher_features: channels of the teacher's tap.
+        student_tap: its name among the student's outputs.
+        teacher_tap: its name among the teacher's.
+        distance: as in `resized_loss`.
+        dtype: the type of the projector's activations.
+        rngs: the key stream `params`.
+    """
+
+    name: ClassVar[str] = "resized"
+    compares_taps: ClassVar[bool] = True
+    has_parameters: ClassVar[bool] = True
+    options: ClassVar[Mapping[str, Field]] = {
+        **TAPS,
+        "distance": Field("mse", one_of(*get_args(Distance)), "of two positions", optional=True),
+    }
+
+    def __init__(
+        self,
+        student_features: int,
+        teacher_features: int,
+        *,
+        student_tap: str,
+        teacher_tap: str,
+        distance: Distance = "mse",
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.student_tap, self.teacher_tap = student_tap, teacher_tap
+        self.distance = distance
+        self.project = nnx.Conv(
+            student_features,
+            teacher_features,
+            (1, 1),
+            dtype=dtype,
+            param_dtype=at_least_float32(dtype),
+            kernel_init=uniform(student_features**-0.5),
+            bias_init=uniform(student_features**-0.5),
+            rngs=rngs,
+        )
+
+    @classmethod
+    def build(
+        cls, student: OutputShapes, teacher: OutputShapes, *, bn_group: int | None, **options: Any
+    ) -> Self:
+        """Build the projector for the shapes of the two taps.
+
+        Raises:
+            ValueError: a tap is no map, nor tokens that form one.
+        """
+        ours, theirs = tap_shapes(student, teacher, options)
+        check_grids(ours, theirs, options)
+        return cls(ours[-1], theirs[-1], **options)
+
+    def __call__(
+        self, student: Outputs, teacher: Outputs, batch: Batch, *, train: bool
+    ) -> Float[Array, " batch"]:
+        """Return the distance of each image."""
+        projected = self.project(as_map(student.taps[self.student_tap]))
+        return _distances(projected, as_map(teacher.taps[self.teacher_tap]), self.distance)
 
 
 class FitNet(Loss):

@@ -15,8 +15,9 @@ from jaxtyping import Array, DTypeLike, Float
 
 from tat_jax.batch import Batch, Where
 from tat_jax.fields import NOT_NEGATIVE, YES_OR_NO, Field, Rule, one_of, whole
+from tat_jax.losses.adapt import Embedding, map_shapes
 from tat_jax.losses.loss import TAPS, Loss
-from tat_jax.losses.tat import ASKS, Embedding, check_maps, map_shapes, reconstruction_errors
+from tat_jax.losses.tat import ASKS, check_places, reconstruction_errors
 from tat_jax.networks.layers import BatchNorm, at_least_float32
 from tat_jax.networks.view import Outputs, OutputShapes
 
@@ -58,7 +59,7 @@ def patch_group_loss(
     """
     if form not in get_args(Form):
         raise ValueError(f"form={form!r}: it is {', '.join(map(repr, get_args(Form)))}")
-    check_maps(query=query, key=key, value=value, target=target)
+    _check_maps(query, key, value, target)
     count = _count(query.shape[1:3], key.shape[1:3], patches)
     layout = "b p q (r s c)" if form == "stack" else "(b r s) p q c"
     for x in (query, value):
@@ -96,8 +97,15 @@ def anchor_loss(
     Raises:
         ValueError: maps do not fit together, or anchors are more than positions.
     """
-    check_maps(query=query, key=key, value=value, target=target)
+    _check_maps(query, key, value, target)
     return reconstruction_errors(*(_pool(x, anchors) for x in (query, key, value, target)))
+
+
+def _check_maps(query: Array, key: Array, value: Array, target: Array) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value), ("target", target)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} is no map [batch, height, width, channels]: its shape is {x.shape}")
+    check_places(query=query, key=key, value=value, target=target)
 
 
 def _count(asking: tuple[int, ...], answering: tuple[int, ...], patches: Pair) -> int:

@@ -1,11 +1,13 @@
 """The Target-aware Transformer: every student position reconstructs the teacher's feature map.
 
 Knowledge Distillation via the Target-aware Transformer, Lin et al., CVPR 2022, section 3. Feature maps are
-`[batch, height, width, channels]`. Softmax and loss are computed in float32 at least.
+`[batch, height, width, channels]`, tokens `[batch, positions, channels]`. Softmax and loss are computed in
+float32 at least.
 """
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, ClassVar, Literal, Self
 
 import jax
@@ -15,144 +17,150 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from tat_jax.batch import Batch, Where
-from tat_jax.fields import YES_OR_NO, Field, Former, one_of, whole
+from tat_jax.fields import POSITIVE, YES_OR_NO, Field, Former, Rule, one_of, or_none, whole
 from tat_jax.losses import tat_fused
+from tat_jax.losses.adapt import (
+    Embedding,
+    Standardization,
+    as_tokens,
+    grid_of,
+    share_positions,
+    tap_shapes,
+    unit_vectors,
+)
 from tat_jax.losses.loss import TAPS, Loss
-from tat_jax.losses.tat_blocks import SCORES, dot, errors_in_blocks
-from tat_jax.networks.layers import BatchNorm, conv, torch_uniform
+from tat_jax.losses.tat_blocks import SCORES, dot, errors_in_blocks, score
 from tat_jax.networks.view import Outputs, OutputShapes
 
-Map = Float[Array, "batch height width channels"]
+Places = Float[Array, "batch *positions channels"]
 
 
 def target_aware_attention(
-    query: Float[Array, "batch rows columns depth"],
-    key: Float[Array, "batch height width depth"],
-    value: Float[Array, "batch height width channels"],
+    query: Float[Array, "batch *asking depth"],
+    key: Float[Array, "batch *answering depth"],
+    value: Float[Array, "batch *answering channels"],
     *,
     heads: int = 1,
-) -> Float[Array, "batch rows columns channels"]:
-    """Return, for every query position i, Σ_j softmax_j(⟨q_i, k_j⟩) v_j over the positions j of the key.
+    scale: float = 1.0,
+) -> Float[Array, "batch *asking channels"]:
+    """Return, for every query position i, Σ_j softmax_j(scale · ⟨q_i, k_j⟩) v_j over the key's positions j.
 
-    Per head, with channels split as `(heads d)`, heads first, and without the factor 1/√d; normalised over
-    the key's positions, as the paper's matrix form and its published code do. Returned in the value's type,
-    float32 at least.
+    Per head, with channels split as `(heads d)`, heads first; normalised over the key's positions, as the
+    paper's matrix form and its published code do, which have no factor 1/√d, scale 1. Scores are scaled in
+    float32, after their sum. Returned in the value's type, float32 at least.
+
+    Args:
+        query: of the positions that ask, a map or tokens.
+        key: of those that answer, likewise; the two need not be as many, nor both maps.
+        value: of those that answer.
+        heads: into which channels are split.
+        scale: a number that is known when the computation is traced.
 
     Raises:
-        ValueError: key and value differ in height or width, query and key in channels, or `heads` does not
-            divide the channels.
+        ValueError: key and value differ in positions, query and key in channels, `heads` does not divide the
+            channels, or `scale` is no number greater than 0.
     """
-    check_maps(heads=heads, query=query, key=key, value=value)
+    check_places(heads=heads, scale=scale, query=query, key=key, value=value)
     q, k, v = (_split_heads(x, heads) for x in (query, key, value))
-    weights = jax.nn.softmax(dot("bnid,bnjd->bnij", q, k), axis=-1)
+    weights = jax.nn.softmax(score(q, k, scale), axis=-1)
     out = dot("bnij,bnjd->bnid", weights.astype(v.dtype), v)
-    return rearrange(out, "b n (h w) d -> b h w (n d)", h=query.shape[1])
+    out = out.reshape(*out.shape[:2], *query.shape[1:-1], out.shape[-1])
+    return rearrange(out, "b n ... d -> b ... (n d)")
 
 
 def tat_loss(
-    query: Float[Array, "batch rows columns depth"],
-    key: Float[Array, "batch height width depth"],
-    value: Float[Array, "batch height width channels"],
-    target: Float[Array, "batch rows columns channels"],
+    query: Float[Array, "batch *asking depth"],
+    key: Float[Array, "batch *answering depth"],
+    value: Float[Array, "batch *answering channels"],
+    target: Float[Array, "batch *asking channels"],
     *,
     heads: int = 1,
+    scale: float = 1.0,
     where: Where | None = None,
 ) -> Float[Array, ""]:
-    """Return the mean squared error between the reconstruction and the teacher's feature map.
+    """Return the mean squared error between the reconstruction and the teacher's features.
 
     ‖target − target_aware_attention(query, key, value)‖², averaged over every element as in the published
-    code. `where` names the images that count. Memory grows with the positions, not with their square.
+    code. Memory grows with the positions that ask plus those that answer, not with their product.
+
+    Args:
+        query: of the positions that ask, a map or tokens.
+        key: of those that answer, likewise; the two need not be as many, nor both maps.
+        value: of those that answer.
+        target: of those that ask.
+        heads: into which channels are split.
+        scale: of the scores, as in `target_aware_attention`.
+        where: the images that count; None is all.
 
     Raises:
-        ValueError: query and target, or key and value, differ in height or width; query and key, or value and
-            target, in channels; or `heads` does not divide the channels.
+        ValueError: query and target, or key and value, differ in positions; query and key, or value and
+            target, in channels; `heads` does not divide the channels; or `scale` is no number greater than 0.
     """
-    return jnp.mean(reconstruction_errors(query, key, value, target, heads=heads), where=where)
+    errors = reconstruction_errors(query, key, value, target, heads=heads, scale=scale)
+    return jnp.mean(errors, where=where)
 
 
 def reconstruction_errors(
-    query: Float[Array, "batch rows columns depth"],
-    key: Float[Array, "batch height width depth"],
-    value: Float[Array, "batch height width channels"],
-    target: Float[Array, "batch rows columns channels"],
+    query: Float[Array, "batch *asking depth"],
+    key: Float[Array, "batch *answering depth"],
+    value: Float[Array, "batch *answering channels"],
+    target: Float[Array, "batch *asking channels"],
     *,
     heads: int = 1,
+    scale: float = 1.0,
 ) -> Float[Array, " batch"]:
     """Return the mean squared error of each image, as in `tat_loss`."""
-    check_maps(heads=heads, query=query, key=key, value=value, target=target)
-    scores = heads * math.prod(query.shape[1:3]) * math.prod(key.shape[1:3])
+    check_places(heads=heads, scale=scale, query=query, key=key, value=value, target=target)
+    scores = heads * math.prod(query.shape[1:-1]) * math.prod(key.shape[1:-1])
     if scores <= SCORES:
-        out = target_aware_attention(query, key, value, heads=heads)
-        return reduce((out - target) ** 2, "b h w c -> b", "mean")
+        out = target_aware_attention(query, key, value, heads=heads, scale=scale)
+        return reduce((out - target) ** 2, "b ... -> b", "mean")
     size = math.prod(target.shape[1:])
     if tat_fused.fits(query, key, value, heads=heads):
-        return tat_fused.errors_fused(query, key, value, target, heads=heads) / size
+        return tat_fused.errors_fused(query, key, value, target, heads=heads, scale=scale) / size
     from tat_jax.losses import tat_mosaic  # here, because Pallas takes a while to import
 
     split = [_split_heads(x, heads) for x in (query, key, value, target)]
     errors = tat_mosaic.errors_on_chip if tat_mosaic.fits(*split) else errors_in_blocks
-    return errors(*split) / size
+    return errors(*split, scale=scale) / size
 
 
-def _split_heads(x: Map, heads: int) -> Float[Array, "batch heads positions depth"]:
-    return rearrange(x, "b h w (n d) -> b n (h w) d", n=heads)
+def _split_heads(x: Places, heads: int) -> Float[Array, "batch heads tokens depth"]:
+    return rearrange(x, "b ... (n d) -> b n (...) d", n=heads)
 
 
-_SAME_GRID = ("key", "value"), ("query", "target")
+_SAME_POSITIONS = ("key", "value"), ("query", "target")
 _SAME_CHANNELS = ("query", "key"), ("value", "target")
 _SAME_IMAGES = (("query", "key"),)
 
 
-def check_maps(*, heads: int = 1, **maps: Array) -> None:
+def check_places(*, heads: int = 1, scale: float = 1.0, **arrays: Array) -> None:
     """Check that query, key, value and, if there is one, target fit together.
 
     Raises:
         ValueError: as `tat_loss` does.
     """
-    for name, x in maps.items():
-        if x.ndim != 4:
-            raise ValueError(f"{name} is no map [batch, height, width, channels]: its shape is {x.shape}")
+    for name, x in arrays.items():
+        if x.ndim not in (3, 4):
+            raise ValueError(
+                f"{name} is no map [batch, height, width, channels], nor tokens [batch, positions, "
+                f"channels]: its shape is {x.shape}"
+            )
     for pairs, what, axes in (
-        (_SAME_GRID, "[batch, height, width]", slice(3)),
-        (_SAME_CHANNELS, "channels", slice(3, 4)),
+        (_SAME_POSITIONS, "images and positions", slice(-1)),
+        (_SAME_CHANNELS, "channels", slice(-1, None)),
         (_SAME_IMAGES, "images", slice(1)),
     ):
         for first, second in pairs:
-            if second in maps and maps[first].shape[axes] != maps[second].shape[axes]:
-                shapes = f"{maps[first].shape} and {maps[second].shape}"
+            if second in arrays and arrays[first].shape[axes] != arrays[second].shape[axes]:
+                shapes = f"{arrays[first].shape} and {arrays[second].shape}"
                 raise ValueError(f"{first} and {second} do not have the same {what}: {shapes}")
     for name in ("query", "value"):
-        channels = maps[name].shape[-1]
+        channels = arrays[name].shape[-1]
         if heads < 1 or channels % heads:
             raise ValueError(f"heads={heads} does not divide channels={channels}")
-
-
-class Embedding(nnx.Module):
-    """Map a feature map to `features` channels: a kernel×kernel convolution without bias, then BatchNorm."""
-
-    def __init__(
-        self,
-        in_features: int,
-        features: int,
-        *,
-        kernel: int = 3,
-        dtype: DTypeLike = jnp.float32,
-        bn_group: int | None = None,
-        norm: type[BatchNorm] = BatchNorm,
-        rngs: nnx.Rngs,
-    ):
-        self.conv = conv(in_features, features, kernel, dtype=dtype, kernel_init=torch_uniform, rngs=rngs)
-        self.norm = norm(features, group=bn_group, dtype=dtype)
-
-    def __call__(
-        self,
-        x: Float[Array, "batch height width in_features"],
-        *,
-        train: bool,
-        where: Where | None = None,
-    ) -> Float[Array, "batch height width features"]:
-        """Return the embedded map, in the compute type."""
-        return self.norm(self.conv(x), train=train, where=where)
+    if not isinstance(scale, Real) or not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale!r} is no number greater than 0 that is known before compilation")
 
 
 ASKS = Field(
@@ -164,8 +172,19 @@ ASKS = Field(
 )
 
 
+_BY_DEPTH = "1/sqrt(d)"
+Scale = float | Literal["1/sqrt(d)"]
+SCALE = Field(
+    1.0,
+    Rule(f"{POSITIVE.allowed}, or {_BY_DEPTH!r}", lambda value: value == _BY_DEPTH or POSITIVE.holds(value)),
+    "of the scores: 1 as published, or 1/sqrt(d), d channels a head, so that wide features do not saturate",
+    optional=True,
+)
+Norm = Literal["position", "channel"]
+
+
 class TargetAwareTransformer(Loss):
-    """The TaT loss of one pair of taps, with its own embeddings.
+    """The TaT loss of one pair of taps, maps or tokens, with its own embeddings.
 
     query = γ(student), value = φ(student), key = θ(teacher). By default, as published, γ and φ are a 3×3
     convolution with BatchNorm each, and θ is the identity.
@@ -183,6 +202,10 @@ class TargetAwareTransformer(Loss):
             teacher's position i, so both maps have one grid. "teacher", as the text of section 3.2: for each
             of the teacher's positions i, Σ_j softmax_j(⟨k_i, q_j⟩) v_j over the student's; the two grids may
             differ.
+        scale: of the scores, a number greater than 0; or "1/sqrt(d)", d the channels of a head.
+        target_norm: of what is rebuilt; the key stays the teacher's tap. None, as published: the tap itself.
+            "position": each position divided by its L2 norm. "channel": each channel standardised by running
+            statistics, see `adapt.Standardization`.
         dtype: the type of the embeddings' activations.
         bn_group: images over which batch statistics are taken; None is the whole batch.
         rngs: the key stream `params`.
@@ -202,6 +225,13 @@ class TargetAwareTransformer(Loss):
         ),
         "trainable_key": Field(False, YES_OR_NO, "embed the key as well", optional=True),
         "asks": ASKS,
+        "scale": SCALE,
+        "target_norm": Field(
+            None,
+            or_none(one_of("position", "channel")),
+            "of what is rebuilt: each position divided by its L2 norm, or each channel standardised",
+            optional=True,
+        ),
     }
 
     def __init__(
@@ -215,6 +245,8 @@ class TargetAwareTransformer(Loss):
         embedding_kernel: int = 3,
         trainable_key: bool = False,
         asks: Literal["student", "teacher"] = "student",
+        scale: Scale = 1.0,
+        target_norm: Norm | None = None,
         dtype: DTypeLike = jnp.float32,
         bn_group: int | None = None,
         rngs: nnx.Rngs,
@@ -246,6 +278,9 @@ class TargetAwareTransformer(Loss):
         self.student_tap, self.teacher_tap = student_tap, teacher_tap
         self.heads = heads
         self.asks = asks
+        self.scale = (teacher_features // heads) ** -0.5 if isinstance(scale, str) else float(scale)
+        self.by_position = target_norm == "position"
+        self.by_channel = Standardization(teacher_features, dtype=dtype) if target_norm == "channel" else None
         self.query = embedding(student_features)
         self.value = embedding(student_features)
         self.key = embedding(teacher_features) if trainable_key else None
@@ -255,55 +290,51 @@ class TargetAwareTransformer(Loss):
         """Build the embeddings for the shapes of the two taps.
 
         Raises:
-            ValueError: the taps are no maps, or of two grids although the student asks, or the options do not
-                fit them.
+            ValueError: a tap has no positions, they differ although the student asks, tokens are no square
+                over which a kernel goes, or the options do not fit the channels.
         """
-        ours, theirs = map_shapes(student, teacher, options)
-        if options.get("asks", "student") == "student" and ours[:2] != theirs[:2]:
+        ours, theirs = tap_shapes(student, teacher, options)
+        if options.get("asks", "student") == "student" and not share_positions(ours[:-1], theirs[:-1]):
             raise ValueError(
-                f"the taps differ in height and width: the student's is {list(ours[:2])}, the teacher's "
-                f"{list(theirs[:2])}; with asks='teacher' they may"
+                f"the taps differ in positions: the student's is {list(ours[:-1])}, the teacher's "
+                f"{list(theirs[:-1])}; with asks='teacher' they may"
             )
-        return cls(ours[2], theirs[2], **options)
+        if options.get("embedding_kernel", 3) > 1:
+            embedded = {"student": ours} | ({"teacher": theirs} if options.get("trainable_key") else {})
+            for which, shape in embedded.items():
+                name = f"the {which}'s tap {options[f'{which}_tap']}"
+                grid_of(shape, name, way_out="; embedding_kernel=1 embeds tokens one by one")
+        return cls(ours[-1], theirs[-1], **options)
 
     def __call__(
         self, student: Outputs, teacher: Outputs, batch: Batch, *, train: bool = True
     ) -> Float[Array, " batch"]:
-        """Return the TaT loss of each image's maps.
+        """Return the TaT loss of each image's taps.
 
         Raises:
-            ValueError: the student asks, and the two maps differ in height or width.
+            ValueError: the student asks, and the two taps differ in positions.
         """
         of_student, of_teacher = student.taps[self.student_tap], teacher.taps[self.teacher_tap]
         how: dict[str, Any] = {"train": train, "where": batch.where}
         query = self.query(of_student, **how) if self.query else of_student
         value = self.value(of_student, **how) if self.value else of_student
         key = self.key(of_teacher, **how) if self.key else of_teacher
+        target = self._normalize(of_teacher, **how)
         if self.asks == "teacher":
             query, key = key, query
-        elif of_student.shape[:3] != of_teacher.shape[:3]:
+        elif not share_positions(of_student.shape[1:-1], of_teacher.shape[1:-1]):
             raise ValueError(
-                "the student's and the teacher's tap differ in [batch, height, width]: "
-                f"{of_student.shape[:3]} and {of_teacher.shape[:3]}"
+                "the student's and the teacher's tap differ in [batch, positions]: "
+                f"{of_student.shape[:-1]} and {of_teacher.shape[:-1]}"
             )
-        return reconstruction_errors(query, key, value, of_teacher, heads=self.heads)
+        if query.ndim != target.ndim:  # a map and tokens, which are its positions row by row
+            query, target = as_tokens(query), as_tokens(target)
+        return reconstruction_errors(query, key, value, target, heads=self.heads, scale=self.scale)
 
-
-def map_shapes(
-    student: OutputShapes, teacher: OutputShapes, options: Mapping[str, Any]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return [height, width, channels] of the student's and of the teacher's tap that options name.
-
-    Raises:
-        ValueError: one is no map.
-    """
-    ours, theirs = (
-        outputs.taps[options[f"{which}_tap"]].shape[1:]
-        for which, outputs in (("student", student), ("teacher", teacher))
-    )
-    if len(ours) != 3 or len(theirs) != 3:
-        raise ValueError(
-            f"the taps must be maps [height, width, channels]: the student's is {list(ours)}, "
-            f"the teacher's {list(theirs)}"
-        )
-    return ours, theirs
+    def _normalize(self, of_teacher: Places, *, train: bool, where: Where) -> Places:
+        """Return what is rebuilt, in the tap's type as activations are."""
+        if self.by_position:
+            return unit_vectors(of_teacher).astype(of_teacher.dtype)
+        if self.by_channel:
+            return self.by_channel(of_teacher, train=train, where=where).astype(of_teacher.dtype)
+        return of_teacher

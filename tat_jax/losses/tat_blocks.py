@@ -28,7 +28,15 @@ def dot(equation: str, x: Array, y: Array) -> Array:
     return jnp.einsum(equation, x, y, precision="highest", preferred_element_type=at_least_float32(y.dtype))
 
 
-def errors_in_blocks(query: Heads, key: Heads, value: Heads, target: Heads) -> Float[Array, " batch"]:
+def score(query: Heads, key: Heads, scale: float) -> Heads:
+    """Return scale · q kᵀ, scaled in float32 at least, as an operand of half precision would be rounded."""
+    products = dot("bnid,bnjd->bnij", query, key)
+    return products if scale == 1 else scale * products
+
+
+def errors_in_blocks(
+    query: Heads, key: Heads, value: Heads, target: Heads, *, scale: float = 1.0
+) -> Float[Array, " batch"]:
     """Return the sum of squared errors of each image, without ever holding all scores.
 
     Each query's error is a term of its own in the sum, so its gradient is complete as soon as its scores are
@@ -36,7 +44,7 @@ def errors_in_blocks(query: Heads, key: Heads, value: Heads, target: Heads) -> F
     """
     larger = max(SCORES, min(LARGEST, _OF_BATCH // len(query)))
     here, elsewhere = (
-        functools.partial(errors_in_one_pass, functools.partial(_scan_blocks, scores))
+        functools.partial(errors_in_one_pass, functools.partial(_scan_blocks, scores, scale))
         for scores in (SCORES, larger)
     )
     return jax.lax.platform_dependent(query, key, value, target, cpu=here, default=elsewhere)
@@ -86,11 +94,13 @@ def _backward(_: Pass, gradients: tuple[Array | None, ...], by_errors: Any) -> t
 errors_in_one_pass.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _scan_blocks(scores: int, query: Heads, key: Heads, value: Heads, target: Heads, wanted: Wanted) -> Found:
+def _scan_blocks(
+    scores: int, scale: float, query: Heads, key: Heads, value: Heads, target: Heads, wanted: Wanted
+) -> Found:
     """Return the sum of squared errors of each image, and its gradient by each map that is wanted.
 
-    With w = softmax(q kᵀ), o = w v and e = o − t: ∂/∂t = −2e, ∂/∂v = wᵀ 2e, and with the scores' gradient
-    s = w ∘ (2e vᵀ − ⟨2e, o⟩): ∂/∂q = s k, ∂/∂k = sᵀ q.
+    With w = softmax(c q kᵀ), c the scale, o = w v and e = o − t: ∂/∂t = −2e, ∂/∂v = wᵀ 2e, and with the
+    gradient of the products s = c w ∘ (2e vᵀ − ⟨2e, o⟩): ∂/∂q = s k, ∂/∂k = sᵀ q.
     """
     _, heads, positions, _ = query.shape
     exact = at_least_float32(value.dtype)
@@ -99,7 +109,7 @@ def _scan_blocks(scores: int, query: Heads, key: Heads, value: Heads, target: He
     def step(sums: tuple[Array, Array | None, Array | None], block: tuple[Array, Array, Array]) -> Any:
         errors, by_key, by_value = sums
         q, t, counts = block
-        weights = jax.nn.softmax(dot("bnid,bnjd->bnij", q, key), axis=-1)
+        weights = jax.nn.softmax(score(q, key, scale), axis=-1)
         out = dot("bnij,bnjd->bnid", weights.astype(value.dtype), value)
         error = (out - t) * counts
         errors += reduce(error**2, "b n i d -> b", "sum")
@@ -110,11 +120,12 @@ def _scan_blocks(scores: int, query: Heads, key: Heads, value: Heads, target: He
         if wanted.query or wanted.key:
             slope = dot("bnid,bnjd->bnij", by_out, value)
             mean_slope = reduce(by_out * out, "b n i d -> b n i 1", "sum")
-            by_scores = (weights * (slope - mean_slope)).astype(key.dtype)
+            by_products = weights * (slope - mean_slope)
+            by_products = (by_products if scale == 1 else scale * by_products).astype(key.dtype)
             if wanted.query:
-                by_query = dot("bnij,bnjd->bnid", by_scores, key).astype(query.dtype)
+                by_query = dot("bnij,bnjd->bnid", by_products, key).astype(query.dtype)
             if by_key is not None:
-                by_key += dot("bnij,bnid->bnjd", by_scores, q)
+                by_key += dot("bnij,bnid->bnjd", by_products, q)
         by_target = (-2 * error).astype(target.dtype) if wanted.target else None
         return (errors, by_key, by_value), (by_query, by_target)
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from tat_jax.networks.layers import at_least_float32
 
-Map = Float[Array, "batch _ _ _"]  # of one of two grids
+Map = Float[Array, "batch *_"]  # or tokens, of one of two numbers of positions
 
 _TILE = 64  # positions that cuDNN takes at once; of odd numbers it takes none
 _HOPPER = 9.0
@@ -48,6 +48,7 @@ def errors_fused(
     target: Map,
     *,
     heads: int,
+    scale: float = 1.0,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, " batch"]:
     """Return the sum of squared errors of each image.
@@ -60,25 +61,27 @@ def errors_fused(
         value: of those that answer.
         target: of the positions that ask.
         heads: into which channels are split.
+        scale: of the scores, by which cuDNN multiplies them in float32.
         implementation: of `jax.nn.dot_product_attention`.
     """
-    batch, height, width, _ = query.shape
+    batch, positions = len(query), math.prod(query.shape[1:-1])
     q, k, v = (_tokens(x, heads) for x in (query, key, value))
-    count, keys = (jnp.full(batch, math.prod(x.shape[1:3]), jnp.int32) for x in (query, key))
+    count, keys = (jnp.full(batch, math.prod(x.shape[1:-1]), jnp.int32) for x in (query, key))
     out = jax.nn.dot_product_attention(
         q,
         k,
         v,
-        scale=1.0,
+        scale=scale,
         query_seq_lengths=count,
         key_value_seq_lengths=keys,
         implementation=implementation,
     )
-    out = rearrange(out[:, : height * width], "b (h w) n d -> b h w (n d)", h=height)
-    return reduce((out.astype(at_least_float32(out.dtype)) - target) ** 2, "b h w c -> b", "sum")
+    out = rearrange(out[:, :positions], "b i n d -> b i (n d)")
+    target = rearrange(target, "b ... c -> b (...) c")
+    return reduce((out.astype(at_least_float32(out.dtype)) - target) ** 2, "b i c -> b", "sum")
 
 
 def _tokens(x: Map, heads: int) -> Float[Array, "batch tokens heads depth"]:
     """Return positions as a sequence of heads, filled up to whole tiles."""
-    tokens = rearrange(x, "b h w (n d) -> b (h w) n d", n=heads)
+    tokens = rearrange(x, "b ... (n d) -> b (...) n d", n=heads)
     return jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % _TILE), (0, 0), (0, 0)))

@@ -18,7 +18,9 @@ KEYS = 512  # to which a block attends at once
 SUBLANES = 8
 
 
-def kernel(inputs: tuple[str, ...], outputs: tuple[str, ...], queries: int, keys: int, *refs: Any) -> None:
+def kernel(
+    inputs: tuple[str, ...], outputs: tuple[str, ...], queries: int, keys: int, scale: float, *refs: Any
+) -> None:
     """Add a block of queries to the errors of a head, and to the gradients that are outputs.
 
     Args:
@@ -26,6 +28,7 @@ def kernel(inputs: tuple[str, ...], outputs: tuple[str, ...], queries: int, keys
         outputs: "errors", and names of the maps by which a gradient is wanted.
         queries: positions that ask, without those that fill up blocks.
         keys: positions that answer, likewise.
+        scale: by which products of queries and keys are multiplied, in float32.
         refs: of the inputs, the outputs and the scores.
     """
     given = dict(zip(inputs, refs, strict=False))
@@ -38,7 +41,7 @@ def kernel(inputs: tuple[str, ...], outputs: tuple[str, ...], queries: int, keys
             found[name][...] = jnp.zeros_like(found[name])
 
     q = given["q.T"][...]
-    out, inverse = _attend(q, given, scores, keys)
+    out, inverse = _attend(q, given, scores, keys, scale)
     query = lax.broadcasted_iota(jnp.int32, out.shape, 1) + block * QUERIES
     error = jnp.where(query < queries, out - given["t.T"][...].astype(jnp.float32), 0)
     found["errors"][...] += _sums(error**2)
@@ -48,16 +51,16 @@ def kernel(inputs: tuple[str, ...], outputs: tuple[str, ...], queries: int, keys
         by_out = (2 * error).astype(q.dtype).astype(jnp.float32)
         mean_slope = (by_out * out).sum(0, keepdims=True) * inverse
         # What weights lack to be normalised is made up for here.
-        _go_back(q, (by_out * inverse).astype(q.dtype), mean_slope, given, found, scores)
+        _go_back(q, (by_out * inverse).astype(q.dtype), mean_slope, given, found, scores, scale)
 
 
-def _attend(q: Array, given: Mapping[str, Any], scores: Any, keys: int) -> tuple[Array, Array]:
+def _attend(q: Array, given: Mapping[str, Any], scores: Any, keys: int, scale: float) -> tuple[Array, Array]:
     """Return what queries reconstruct and the inverse sum of their weights, which take the scores' place."""
     chunks = scores.shape[0] // KEYS
     lowest = jnp.full((SUBLANES, QUERIES), -jnp.inf, jnp.float32)
 
     def score(chunk: Any, most: Array, *, last: bool = False) -> Array:
-        s = _dot(given["k"][_of(chunk), :], q)
+        s = _scaled(_dot(given["k"][_of(chunk), :], q), scale)
         if last:  # of what fills up the keys, only the last chunk has any
             s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 0) + chunk * KEYS < keys, s, -jnp.inf)
         scores[_of(chunk), :] = s
@@ -84,6 +87,7 @@ def _go_back(
     given: Mapping[str, Any],
     found: Mapping[str, Any],
     scores: Any,
+    scale: float,
 ) -> None:
     """Add to the gradients by keys and values, and write that by the queries."""
     q_rows, by_out_rows = q.T, by_out.T
@@ -94,15 +98,20 @@ def _go_back(
             found["v"][_of(chunk), :] += _dot(weights.astype(q.dtype), by_out_rows)
         if found.keys() & {"q.T", "k"}:
             by_scores = weights * (_dot(given["v"][_of(chunk), :], by_out) - mean_slope)
+            by_products = _scaled(by_scores, scale).astype(q.dtype)
             if "k" in found:
-                found["k"][_of(chunk), :] += _dot(by_scores.astype(q.dtype), q_rows)
+                found["k"][_of(chunk), :] += _dot(by_products, q_rows)
             if "q.T" in found:
-                by_query += _dot(given["k.T"][:, _of(chunk)], by_scores.astype(q.dtype))
+                by_query += _dot(given["k.T"][:, _of(chunk)], by_products)
         return by_query
 
     by_query = lax.fori_loop(0, scores.shape[0] // KEYS, back, jnp.zeros(q.shape, jnp.float32))
     if "q.T" in found:
         found["q.T"][...] = by_query.astype(q.dtype)
+
+
+def _scaled(x: Array, scale: float) -> Array:
+    return x if scale == 1 else scale * x
 
 
 def _of(chunk: Any) -> Any:

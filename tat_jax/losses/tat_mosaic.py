@@ -64,17 +64,26 @@ def _held(key: Heads) -> int:
 
 
 def errors_on_chip(
-    query: Heads, key: Heads, value: Heads, target: Heads, *, interpret: bool = False
+    query: Heads,
+    key: Heads,
+    value: Heads,
+    target: Heads,
+    *,
+    scale: float = 1.0,
+    interpret: bool = False,
 ) -> Float[Array, " batch"]:
     """Return the sum of squared errors of each image, every device of the query's mesh those of its own.
 
     With `interpret` the kernel runs as a program of XLA's, on any device.
     """
-    return errors_in_one_pass(functools.partial(_share, interpret), query, key, value, target)
+    return errors_in_one_pass(functools.partial(_share, scale, interpret), query, key, value, target)
 
 
-def _share(interpret: bool, query: Heads, key: Heads, value: Heads, target: Heads, wanted: Wanted) -> Found:
-    mesh, call = _mesh(query), functools.partial(_call, wanted=wanted, interpret=interpret)
+def _share(
+    scale: float, interpret: bool, query: Heads, key: Heads, value: Heads, target: Heads, wanted: Wanted
+) -> Found:
+    mesh = _mesh(query)
+    call = functools.partial(_call, scale=scale, wanted=wanted, interpret=interpret)
     if not mesh.empty:  # XLA splits whatever else a step does, but no kernel
         split = PartitionSpec(*mesh.axis_names)
         call = jax.shard_map(call, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
@@ -84,7 +93,7 @@ def _share(interpret: bool, query: Heads, key: Heads, value: Heads, target: Head
 
 
 def _call(
-    query: Heads, key: Heads, value: Heads, target: Heads, *, wanted: Wanted, interpret: bool
+    query: Heads, key: Heads, value: Heads, target: Heads, *, scale: float, wanted: Wanted, interpret: bool
 ) -> tuple[Array, ...]:
     """Return each image's errors and the gradients that are wanted, in the maps' types."""
     batch, heads, queries, depth = query.shape
@@ -109,7 +118,7 @@ def _call(
             found[name] = jax.ShapeDtypeStruct(given[name].shape, dtype)
     scores = rows * wide * tall
     errors, *gradients = pl.pallas_call(
-        functools.partial(kernel, tuple(given), tuple(found), queries, keys),
+        functools.partial(kernel, tuple(given), tuple(found), queries, keys, scale),
         grid=(rows, wide // QUERIES),
         in_specs=[_part(name, x) for name, x in given.items()],
         out_specs=[_part(name, x) for name, x in found.items()],
