@@ -265,7 +265,7 @@ def test_taps_that_do_not_fit_are_named(find, tmp_path):
     hold, found = find(config, student=None)
     assert not hold
     assert failed(found) == ["task"]
-    assert "tat_layer2: the taps differ in height and width" in found["task"]
+    assert "tat_layer2: the taps differ in positions" in found["task"]
     assert left_out(found) == ["taps", "first look", "memory", "loss at step 0", "time"]
     reading = r"[\d,]+ images/s with data.processes=2 of data.threads=1 each, in at most [\d.]+ MiB of memory"
     assert re.fullmatch(reading, found["reading"].strip())

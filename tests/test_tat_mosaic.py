@@ -1,5 +1,7 @@
 """The kernel for TPUs, run by an interpreter, gives the loss and the gradients of its formula."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,12 +20,12 @@ def maps(batch, heads, positions, depth, *, dtype=np.float32):
     return [jnp.asarray(rng.normal(size=(batch, heads, positions, depth)).astype(dtype)) for _ in MAPS]
 
 
-def interpreted(*maps):
-    return errors_on_chip(*maps, interpret=True)
+def interpreted(*maps, scale=1.0):
+    return errors_on_chip(*maps, scale=scale, interpret=True)
 
 
-def by_formula(query, key, value, target):
-    weights = jax.nn.softmax(jnp.einsum("bnid,bnjd->bnij", query, key), axis=-1)
+def by_formula(query, key, value, target, scale=1.0):
+    weights = jax.nn.softmax(scale * jnp.einsum("bnid,bnjd->bnij", query, key), axis=-1)
     out = jnp.einsum("bnij,bnjd->bnid", weights, value)
     return jnp.sum((out - target) ** 2, (1, 2, 3))
 
@@ -58,6 +60,19 @@ def test_the_positions_that_ask_may_be_more_or_fewer_than_those_that_answer(aski
     expected = with_gradients(by_formula, MAPS)(query, key, value, target)
     for ours, reference in zip(jax.tree.leaves(measured), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(ours - reference) <= 1e-5 * np.linalg.norm(reference)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (jnp.bfloat16, 0.02)])
+def test_the_kernel_scales_scores_and_their_gradients(dtype, tolerance, x64):
+    arrays = maps(2, 1, 300, 16, dtype=dtype)
+    scale = 16**-0.5 / 3  # which bfloat16 has not
+    with jax.enable_x64(False):
+        measured = with_gradients(functools.partial(interpreted, scale=scale), MAPS)(*arrays)
+    formula = functools.partial(by_formula, scale=scale)
+    expected = with_gradients(formula, MAPS)(*(x.astype(np.float64) for x in arrays))
+    for ours, reference in zip(jax.tree.leaves(measured), jax.tree.leaves(expected), strict=True):
+        error = np.linalg.norm(np.asarray(ours, np.float64) - reference)
+        assert error <= tolerance * np.linalg.norm(reference)
 
 
 @pytest.mark.parametrize("wanted", [(), (1,), (2,), (3,), (0, 2)])
@@ -105,6 +120,18 @@ def test_tpus_run_the_kernel_where_their_vector_memory_holds_a_head():
     assert "tpu_custom_call" not in lowered("TPU v4", 64, 512)  # 16 MiB
     assert "tpu_custom_call" not in lowered("TPU v5 lite", 129, 256, dtype=jnp.float32)
     assert "tpu_custom_call" not in lowered("TPU v5 lite", 129, 100)
+
+
+def test_tpus_run_the_kernel_for_tokens_and_a_scale_too():
+    device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    mesh = AbstractMesh((8,), ("data",), (AxisType.Auto,), abstract_device=device)
+    student, teacher = (
+        jax.ShapeDtypeStruct((8, *positions, 256), jnp.bfloat16, sharding=sharding.batched(mesh))
+        for positions in ((64, 64), (1024,))
+    )
+    loss = functools.partial(tat_loss, scale=256**-0.5)
+    traced = jax.jit(jax.value_and_grad(loss, (1, 2))).trace(teacher, student, student, teacher)
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
 def test_other_devices_never_run_the_kernel():

@@ -41,7 +41,10 @@ def config_of(**changes):
     config.losses = {
         "cross_entropy": base.loss("cross_entropy", weight=0.5),
         "kd": base.loss("kd", weight=0.5, temperature=2.0),
-        "tat": {"layer1": base.loss("tat"), "layer2": base.loss("tat", weight=0.5, heads=2)},
+        "tat": {
+            "layer1": base.loss("tat"),
+            "layer2": base.loss("tat", weight=0.5, heads=2, target_norm="channel"),
+        },
     }
     config.data.update(
         {"source": "digits", "labels_per_class": 4, "image_size": 16, "eval_resize": 16, "threads": 1}
@@ -108,6 +111,13 @@ def test_a_run_leaves_checkpoints_metrics_events_config_and_a_picture(uninterrup
         assert (uninterrupted / name).read_bytes().startswith(b"\x89PNG")
     assert list(uninterrupted.glob("events.out.tfevents.*"))
     assert json.loads((uninterrupted / "config.json").read_text())["epochs"] == 4
+
+
+def test_the_statistics_of_a_target_are_saved_with_its_loss(uninterrupted):
+    of_losses = store.load_item(folders.last(uninterrupted) / "training")["embeddings"]
+    epochs, images, positions = 4, 40, 4 * 4  # without the padding of short batches
+    assert of_losses["losses.tat_layer2.by_channel.count"] == epochs * images * positions
+    assert {f"losses.tat_layer2.by_channel.{name}" for name in ("mean", "var")} <= of_losses.keys()
 
 
 def test_the_rate_follows_the_milestones(uninterrupted):
