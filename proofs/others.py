@@ -1,8 +1,8 @@
 """timm and torchvision, importable beside any PyTorch.
 
-On import torchvision says which shapes its compiled operators return, and fails where they cannot be loaded: as
-where pip found PyTorch built for CPUs, and torchvision for CUDA. Networks that classify need none of them, so
-that it is enough to declare them.
+On import torchvision says which shapes its compiled operators return, and fails where they cannot be loaded:
+as where pip found PyTorch built for CPUs, and torchvision for CUDA. Networks that classify need none of them,
+so that it is enough to declare them.
 """
 
 import torch

@@ -195,7 +195,7 @@ def construct(
         ValueError: there is no such architecture.
     """
     architecture = find(arguments["architecture"])
-    options = {name: arguments.get(name, field.default) for name, field in architecture.options.items()}
+    options = {name: _said(name, arguments) for name in architecture.options}
     return architecture.build(
         num_classes=arguments["num_classes"], dtype=jnp.dtype(dtype), bn_group=bn_group, rngs=rngs, **options
     )
@@ -262,9 +262,10 @@ def _arguments(entry: Entry, num_classes: int) -> dict[str, Any]:
     """Return what builds the network of an entry, as JSON gives it back; of its view what is no default."""
     name = entry["architecture"]
     options = find(name).options
-    for option, field in _OF_FAMILIES.items():
-        if option not in options and entry[option] != field.default:
-            raise ValueError(f"{name} has no {option}, so that it must stay {field.default!r}")
+    for option in _OF_FAMILIES:
+        default = _said(option, {})
+        if option not in options and entry[option] != default:
+            raise ValueError(f"{name} has no {option}, so that it must stay {default!r}")
     arguments = {"architecture": name, "num_classes": num_classes, **{key: entry[key] for key in options}}
     of_view = {key: _as_json(entry[key]) for key in _OF_VIEW}
     return arguments | {key: value for key, value in of_view.items() if value != _said(key, {})}

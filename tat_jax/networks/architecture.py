@@ -23,6 +23,8 @@ class Architecture(NamedTuple):
         backbone: the architecture from whose weights a student's attribute `backbone` may start.
         torch_modules: returns under which names PyTorch has the module at a path of ours: the first counts,
             any further ones are the same arrays again.
+        translate: returns the entries of a file under the names of any library as those of the library whose
+            names are ours; torchvision's, but for ConvNeXt, whose are timm's.
     """
 
     build: Callable[..., nnx.Module]
@@ -33,3 +35,4 @@ class Architecture(NamedTuple):
     free: tuple[str, ...] = ()
     backbone: str | None = None
     torch_modules: Callable[[str], tuple[str, ...]] = lambda path: (path,)
+    translate: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = dict

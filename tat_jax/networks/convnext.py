@@ -5,6 +5,7 @@ of DINOv3 are the same networks without a head.
 """
 
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from jaxtyping import Array, DTypeLike, Float
 from tat_jax.fields import Field, or_none, whole
 from tat_jax.networks import taps
 from tat_jax.networks.architecture import Architecture
+from tat_jax.networks.convnext_names import translate
 from tat_jax.networks.depthwise import DepthwiseConv
 from tat_jax.networks.layers import at_least_float32, normal
 from tat_jax.networks.resnet import Depths, Maps, Where
@@ -188,35 +190,43 @@ class ConvNeXt(nnx.Module):
 
 def _build(
     depths: Depths,
-    features: int,
+    width: int,
     *,
-    depth: int | None = None,
-    width: int | None = None,
-    bn_group: int | None = None,  # which there is nothing for
+    stage_depth: int | None = None,
+    stem_width: int | None = None,
+    bn_group: int | None = None,  # there is no normalisation by the batch
     **of_network: Any,
 ) -> ConvNeXt:
-    return ConvNeXt(depths if depth is None else (depth,) * 4, width or features, **of_network)
+    return ConvNeXt(depths if stage_depth is None else (stage_depth,) * 4, stem_width or width, **of_network)
 
 
-def _read_arguments(depths: Depths, features: int, entries: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _read_arguments(depths: Depths, width: int, entries: Mapping[str, np.ndarray]) -> dict[str, Any]:
     stem, head = entries.get("stem.0.weight"), entries.get("head.fc.weight")
-    found = tuple(_blocks(entries, stage) for stage in range(4))
     # A stem with less behind each feature than colours and pixels may claim a width of any size.
-    width = len(stem) if stem is not None and stem.shape[1:] == (3, 4, 4) else features
+    found = len(stem) if stem is not None and stem.shape[1:] == (3, 4, 4) else width
     return {
-        "num_classes": len(head) if head is not None and head.ndim == 2 else 0,
-        "depth": found[0] if found != depths and len(set(found)) == 1 and found[0] else None,
-        "width": width if width != features else None,
+        "num_classes": len(head) if head is not None and head.ndim == 2 else 1000,
+        "stage_depth": _stage_depth(depths, entries),
+        "stem_width": found if found != width else None,
     }
 
 
-def _blocks(entries: Mapping[str, np.ndarray], stage: int) -> int:
-    return len({name.split(".")[3] for name in entries if name.startswith(f"stages.{stage}.blocks.")})
+def _stage_depth(depths: Depths, entries: Mapping[str, np.ndarray]) -> int | None:
+    blocks = {tuple(name.split(".")[1:4:2]) for name in entries if re.match(r"stages\.\d\.blocks\.\d", name)}
+    found = tuple(sum(stage == str(i) for stage, _ in blocks) for i in range(len(depths)))
+    if found == depths:
+        return None
+    if min(found) and found == (found[0],) * len(found):
+        return found[0]
+    said, wanted = (", ".join(map(str, counts)) for counts in (found, depths))
+    raise ValueError(f"this ConvNeXt has {said} blocks in its stages; the one that was named has {wanted}")
 
 
 OPTIONS = {
-    "depth": Field(None, or_none(whole(1)), "blocks, of a ConvNeXt in each stage; None: the architecture's"),
-    "width": Field(None, or_none(whole(1)), "channels of the first stage; None: the architecture's"),
+    "stage_depth": Field(
+        int, or_none(whole(1)), "blocks in each stage; None: as many as the architecture has"
+    ),
+    "stem_width": Field(int, or_none(whole(1)), "channels of the first stage; None: the architecture's"),
 }
 
 
@@ -228,6 +238,7 @@ def architecture(depths: Depths, width: int, published: str) -> Architecture:
         options=OPTIONS,
         read_arguments=functools.partial(_read_arguments, depths, width),
         published=published,
+        translate=translate,
     )
 
 

@@ -91,9 +91,9 @@ _SPELLINGS = (
 
 
 def translate(entries: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return entries of facebookresearch, torchvision or Hugging Face under timm's names, whatever lies around.
+    """Return entries of facebookresearch, torchvision or Hugging Face under timm's names.
 
-    Others stay as they are.
+    Prefixes around a network stay, and so do other entries.
 
     Raises:
         ValueError: two of them would have one name.

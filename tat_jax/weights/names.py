@@ -108,6 +108,7 @@ def _of_network(
 ) -> tuple[Entries, str]:
     """Return the entries of the network under its own names, and what was chosen of which."""
     entries, body = _in_torch_names(entries, source), _body(architecture)
+    entries = networks.find(architecture).translate(entries)
     own = Names(architecture, body, networks.find(architecture).head)
     # MLX counts the layers of a sequence below that name, which other networks have of their own.
     without = {re.sub(r"\.layers\.(?=\d)", ".", name): array for name, array in entries.items()}
