@@ -1,4 +1,4 @@
-"""timm and torchvision, importable beside any PyTorch.
+"""timm, torchvision and transformers, importable beside any PyTorch.
 
 On import torchvision says which shapes its compiled operators return, and fails where they cannot be loaded:
 as where pip found PyTorch built for CPUs, and torchvision for CUDA. Networks that classify need none of them,
@@ -17,5 +17,6 @@ except RuntimeError:
     import torchvision
 
 import timm
+import transformers
 
-__all__ = ["timm", "torchvision"]
+__all__ = ["timm", "torchvision", "transformers"]

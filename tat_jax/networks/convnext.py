@@ -230,7 +230,7 @@ OPTIONS = {
 }
 
 
-def architecture(depths: Depths, width: int, published: str) -> Architecture:
+def architecture(depths: Depths, width: int, published: str | None = None) -> Architecture:
     """Return the ConvNeXt of so many blocks in each stage, as a config can name it."""
     return Architecture(
         build=functools.partial(_build, depths, width),

@@ -1,6 +1,6 @@
 """The depthwise convolution, as each platform does it best.
 
-XLA's own takes 25 to 55 times as long on a CPU as the sum of shifted maps (7×7, 56² × 96 to 7² × 768).
+XLA's own takes 30 to 44 times as long on a CPU as the sum of shifted maps; docs/benchmarks.md tells more.
 """
 
 import functools
