@@ -92,6 +92,8 @@ def _set(config: ConfigDict, name: str, texts: Sequence[str], fields: Fields) ->
         here = here[part]
     _check_is_there(here, last, prefix, fields)
     field, before = find(fields, name), here[last]
+    if before is None and field and field.none_is:
+        before = field.none_is(here)
     if field is None and isinstance(before, ConfigDict):
         raise ValueError(f"--config.{name}={texts[-1]}: it has fields of its own, {', '.join(before)}")
     rule = field.rule if field else _like(before)

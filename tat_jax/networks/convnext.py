@@ -21,7 +21,7 @@ from tat_jax.networks import taps
 from tat_jax.networks.architecture import Architecture
 from tat_jax.networks.convnext_names import translate
 from tat_jax.networks.depthwise import DepthwiseConv
-from tat_jax.networks.layers import at_least_float32, normal
+from tat_jax.networks.layers import LayerNorm, at_least_float32, normal
 from tat_jax.networks.resnet import Depths, Maps, Where
 
 _STRIDE = 32  # of the last stage
@@ -41,22 +41,6 @@ def _patches(channels: int, features: int, size: int, *, dtype: DTypeLike, rngs:
     """Make a convolution of patches that do not overlap; what is left at the edges is not read."""
     window = (size, size)
     return nnx.Conv(channels, features, window, strides=window, padding="VALID", **_of_layers(dtype, rngs))
-
-
-class LayerNorm(nnx.LayerNorm):
-    """Normalise the channels of each position, in float32 at least; returned in the type of what it reads."""
-
-    def __init__(self, channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        exact = at_least_float32(dtype)
-        super().__init__(
-            channels, epsilon=1e-6, dtype=exact, param_dtype=exact, use_fast_variance=False, rngs=rngs
-        )
-
-    def __call__(
-        self, x: Float[Array, "*positions channels"], *, mask: Array | None = None
-    ) -> Float[Array, "*positions channels"]:
-        """Return (x − E[x]) / sqrt(Var[x] + 1e-6) · scale + bias."""
-        return super().__call__(x, mask=mask).astype(x.dtype)
 
 
 class Mlp(nnx.Module):
