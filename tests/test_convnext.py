@@ -242,12 +242,25 @@ def test_the_weights_of_another_size_are_named_by_their_blocks(entries):
         convert_entries(entries, "convnext_small", source="a file")
 
 
-def test_a_file_without_a_head_converts_with_a_fresh_one_and_goes_out_for_timm(entries, tmp_path):
+@pytest.mark.parametrize(("options", "head"), [((), "none"), (("--head", "fresh"), "fresh")])
+def test_a_file_without_a_head_converts_as_it_is_or_with_a_fresh_one(options, head, entries, tmp_path):
     file = tmp_path / "dinov3.pth"
     backbone = {name: torch.from_numpy(a) for name, a in entries.items() if not name.startswith("head.fc")}
     torch.save(backbone, file)
-    convert.main(["convnext_tiny", "--from", str(file), "--to", str(tmp_path / "w"), "--head", "fresh"])
+    convert.main(["convnext_tiny", "--from", str(file), "--to", str(tmp_path / "w"), *options])
+    assert store.load_network(tmp_path / "w").origin == {"head": head, "source": str(file)}
     convert.main(["--export", str(tmp_path / "out.pth"), str(tmp_path / "w")])
     found = torch.load(tmp_path / "out.pth", weights_only=True)
-    assert found.keys() - backbone.keys() == {"head.fc.weight", "head.fc.bias"}
+    added = {"head.fc.weight": (1000, 32), "head.fc.bias": (1000,)} if head == "fresh" else {}
+    assert {name: tuple(found[name].shape) for name in found.keys() - backbone.keys()} == added
     assert all(torch.equal(found[name], value) for name, value in backbone.items())
+
+
+def test_a_miniature_comes_back_from_the_entries_that_it_was_exported_to():
+    model = narrow()
+    arguments = {"architecture": "convnext_tiny", "num_classes": 3, **NARROW}
+    weights = store.network_weights(model)
+    exported = export_entries(StoredNetwork(weights, arguments, {"head": "trained", "source": "a test"}))
+    found = convert_entries(exported, "convnext_tiny", source="a file")
+    assert found.arguments == arguments
+    assert all(np.array_equal(array, weights[path]) for path, array in found.weights.items())

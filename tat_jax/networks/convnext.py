@@ -189,7 +189,7 @@ def _read_arguments(depths: Depths, width: int, entries: Mapping[str, np.ndarray
     # A stem with less behind each feature than colours and pixels may claim a width of any size.
     found = len(stem) if stem is not None and stem.shape[1:] == (3, 4, 4) else width
     return {
-        "num_classes": len(head) if head is not None and head.ndim == 2 else 1000,
+        "num_classes": 0 if head is None else len(head) if head.ndim == 2 else 1000,
         "stage_depth": _stage_depth(depths, entries),
         "stem_width": found if found != width else None,
     }
@@ -223,6 +223,7 @@ def architecture(depths: Depths, width: int, published: str | None = None) -> Ar
         read_arguments=functools.partial(_read_arguments, depths, width),
         published=published,
         translate=translate,
+        least={"stage_depth": 1},
     )
 
 
