@@ -79,7 +79,7 @@ def test_converted_networks_are_pytorchs():
 def test_convnexts_of_other_libraries_are_ours(monkeypatch):
     depths, width = (1, 1, 2, 1), 4
     monkeypatch.setitem(networks.ARCHITECTURES, "convnext_narrow", architecture(depths, width))
-    narrow = convnext.Size(depths, (4, 8, 16, 32), "convnext_narrow")
+    narrow = convnext.Size("convnext_narrow", depths, (4, 8, 16, 32))
     claims = convnext.claims(narrow, [(70, 33)])
     assert len(claims) == 4 * (2 + 2)
     assert broken(claims) == []

@@ -31,20 +31,19 @@ CLASSES = 10
 SIZES = ((224, 224), (256, 256), (160, 200))  # the first is the native one
 BOUNDS = {"float32": 1e-4, "float64": 1e-9}
 
-Outputs = Mapping[
-    str, torch.Tensor
-]  # by our names: stage0 to stage3, pooled, and logits of those with a head
+# By our names: stage0 to stage3, pooled, and logits of those with a head.
+Outputs = Mapping[str, torch.Tensor]
 
 
 class Size(NamedTuple):
-    """The size of a network: blocks and channels of its stages, and the name that it has here."""
+    """The size of a network: its name here, blocks and channels of its stages."""
 
+    architecture: str
     depths: Depths
     channels: tuple[int, int, int, int]
-    architecture: str
 
 
-TINY = Size((3, 3, 9, 3), (96, 192, 384, 768), "convnext_tiny")
+TINY = Size("convnext_tiny", (3, 3, 9, 3), (96, 192, 384, 768))
 
 
 class Other(NamedTuple):
@@ -187,7 +186,8 @@ def _error(
     ours = ours if logits is None else ours | {"logits": logits}
     if ours.keys() != theirs.keys():
         return float("inf")
-    return max(relative_error(ours[name], _channels_last(value)) for name, value in theirs.items())
+    errors = [relative_error(ours[name], _channels_last(value)) for name, value in theirs.items()]
+    return float(np.max(errors))  # NaN if one is
 
 
 @jax.jit(static_argnums=0)

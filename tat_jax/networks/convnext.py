@@ -203,7 +203,9 @@ def _stage_depth(depths: Depths, entries: Mapping[str, np.ndarray]) -> int | Non
     if min(found) and found == (found[0],) * len(found):
         return found[0]
     said, wanted = (", ".join(map(str, counts)) for counts in (found, depths))
-    raise ValueError(f"this ConvNeXt has {said} blocks in its stages; the one that was named has {wanted}")
+    raise ValueError(
+        f"this ConvNeXt has {said} blocks in its stages, not {wanted}: name the architecture that has"
+    )
 
 
 OPTIONS = {

@@ -50,7 +50,7 @@ def convolve(x: Maps, kernel: Kernel) -> Maps:
 
 @jax.custom_vjp
 def sum_of_shifted(x: Maps, kernel: Kernel) -> Maps:
-    """Return it as Σ_ij kernel[i, j] · x shifted by (i, j), in float32 at least, row by row of the maps.
+    """Return it as Σ_ij kernel[i, j] · x shifted by (i, j), in float32 at least, row after row of the maps.
 
     Without a loop, XLA joins half of the terms with the reduction of a LayerNorm behind it, and writes each
     of the other shifted maps to memory.
