@@ -121,7 +121,7 @@ def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> No
         source=str(file),
     )
     if options.file is None and options.head is None:
-        network = network._replace(usage=usage_of_imagenet())
+        network = network._replace(usage=usage_of_imagenet(architecture.resize))
     store.save_network(options.to, network)
     parameters = sum(math.prod(np.shape(array)) for array in network.weights.values())
     print(

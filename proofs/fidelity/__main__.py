@@ -39,7 +39,7 @@ PARTS: Mapping[str, Part] = {
     "collectives": lambda _: collectives.claims(),
     "pixels": lambda chosen: pixels.claims(chosen.photos),
     "weights": lambda chosen: weights.claims(chosen.photos, chosen.weights),
-    "convnext": lambda _: convnext.claims() + convnext.parameters(),
+    "convnext": lambda _: convnext.claims() + convnext.parameters() + convnext.published(),
     "counts": lambda _: counts.claims(),
 }
 

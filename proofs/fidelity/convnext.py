@@ -127,11 +127,16 @@ def claims(size: Size = TINY, of_images: Sequence[tuple[int, int]] = SIZES) -> l
                 found.append(
                     Claim(f"tensors that differ, from .{ending} and back to timm's", name, differing, 0)
                 )
-        for dtype, bound in BOUNDS.items():
-            for height, width in of_images:
-                error = _error(other, model, converted, dtype, (height, width))
-                what = f"the worst of stages, pooled features and logits, {height} × {width}, {dtype}"
-                found.append(Claim(what, name, error, bound))
+        found += [
+            Claim(
+                f"the worst of stages, pooled features and logits, {height} × {width}, {dtype}",
+                name,
+                error,
+                BOUNDS[dtype],
+            )
+            for dtype in BOUNDS
+            for (height, width), error in _errors(other, model, converted, dtype, of_images).items()
+        ]
     return found
 
 
@@ -170,20 +175,30 @@ def _differing(model: nn.Module, converted: store.StoredNetwork, size: Size) -> 
     return abs(len(theirs) - len(ours)) + sum(a != b for a, b in zip(theirs, ours, strict=False))
 
 
-def _error(
-    other: Other, model: nn.Module, converted: store.StoredNetwork, dtype: str, size: tuple[int, int]
-) -> float:
-    images = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(dtype)
-    with torch.no_grad():
-        theirs = other.read(
-            model.to(getattr(torch, dtype)), torch.from_numpy(rearrange(images, "b h w c -> b c h w"))
-        )
-    model.float()
+def _errors(
+    other: Other,
+    model: nn.Module,
+    converted: store.StoredNetwork,
+    dtype: str,
+    of_images: Sequence[tuple[int, int]],
+) -> dict[tuple[int, int], float]:
+    """Return the largest error of all outputs by the images' height and width."""
+    model = model.to(getattr(torch, dtype))
     with jax.enable_x64(dtype == "float64"):
         network = networks.construct(converted.arguments, dtype=dtype, rngs=nnx.Rngs(0))
         store.set_weights(network, converted.weights, source="converted")
-        logits, ours = _forward(*nnx.split(View(network)), images)
-    ours = ours if logits is None else ours | {"logits": logits}
+        graph, state = nnx.split(View(network))
+        found = {}
+        for size in of_images:
+            images = np.random.default_rng(0).normal(size=(1, *size, 3)).astype(dtype)
+            with torch.no_grad():
+                theirs = other.read(model, torch.from_numpy(rearrange(images, "b h w c -> b c h w")))
+            logits, ours = _forward(graph, state, images)
+            found[size] = _largest(ours if logits is None else ours | {"logits": logits}, theirs)
+    return found
+
+
+def _largest(ours: Mapping[str, jax.Array], theirs: Outputs) -> float:
     if ours.keys() != theirs.keys():
         return float("inf")
     errors = [relative_error(ours[name], _channels_last(value)) for name, value in theirs.items()]
@@ -210,4 +225,16 @@ def parameters() -> list[Claim]:
         model = nnx.eval_shape(lambda arguments=arguments: networks.construct(arguments, rngs=nnx.Rngs(0)))
         ours = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
         found.append(Claim(f"parameters of {name}, of {theirs:,}: difference", "timm", abs(ours - theirs), 0))
+    return found
+
+
+def published() -> list[Claim]:
+    """Compare what is said of torchvision's files with torchvision."""
+    found = []
+    for name, ours in ARCHITECTURES.items():
+        theirs = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+        pairs = (Path(theirs.url).name, ours.published), (theirs.transforms().resize_size, [ours.resize])
+        differing = sum(a != b for a, b in pairs)
+        claim = f"file of {name}, and the shorter side of its images: differences"
+        found.append(Claim(claim, "torchvision", differing, 0))
     return found

@@ -21,6 +21,7 @@ class Architecture(NamedTuple):
         read_arguments: returns `num_classes` and the options of the network that entries under torchvision's
             names would fit, as far as they tell.
         published: the file of its weights that torchvision published; None where there is none.
+        resize: the shorter side to which torchvision resizes images for them, before it crops 224² of them.
         found_at: where others publish a file of its weights, and on which terms, in words.
         free: those of its options that say how it is used, so that the same weights fit any value.
         backbone: the architecture from whose weights a student's attribute `backbone` may start.
@@ -38,6 +39,7 @@ class Architecture(NamedTuple):
     options: Mapping[str, Field]
     read_arguments: Callable[[Mapping[str, np.ndarray]], dict[str, Any]]
     published: str | None = None
+    resize: int = 256
     found_at: str = ""
     free: tuple[str, ...] = ()
     backbone: str | None = None

@@ -216,22 +216,22 @@ OPTIONS = {
 }
 
 
-def architecture(depths: Depths, width: int, published: str | None = None) -> Architecture:
+def architecture(depths: Depths, width: int, **published: Any) -> Architecture:
     """Return the ConvNeXt of so many blocks in each stage, as a config can name it."""
     return Architecture(
         build=functools.partial(_build, depths, width),
         head="head.fc",
         options=OPTIONS,
         read_arguments=functools.partial(_read_arguments, depths, width),
-        published=published,
         translate=translate,
         least={"stage_depth": 1},
+        **published,
     )
 
 
 # The files are torchvision's IMAGENET1K_V1.
 ARCHITECTURES = {
-    "convnext_tiny": architecture((3, 3, 9, 3), 96, "convnext_tiny-983f1562.pth"),
-    "convnext_small": architecture((3, 3, 27, 3), 96, "convnext_small-0c510722.pth"),
-    "convnext_base": architecture((3, 3, 27, 3), 128, "convnext_base-6075fbad.pth"),
+    "convnext_tiny": architecture((3, 3, 9, 3), 96, published="convnext_tiny-983f1562.pth", resize=236),
+    "convnext_small": architecture((3, 3, 27, 3), 96, published="convnext_small-0c510722.pth", resize=230),
+    "convnext_base": architecture((3, 3, 27, 3), 128, published="convnext_base-6075fbad.pth", resize=232),
 }
