@@ -26,7 +26,7 @@ proofs: $(VENV)/installed-$(ACCELERATOR)-test
 # Measure every claim of docs/fidelity.md anew. PHOTOS: a folder of JPEG files. WEIGHTS: a folder of resnet18*
 # and resnet34* (.pth or .safetensors). Without them: pieces of scikit-learn's two photographs, random weights.
 # PARTS: some of trajectories, segmentation,
-# segmentation_steps, pytorch, devices, ddp, collectives, pixels, weights, counts.
+# segmentation_steps, pytorch, devices, ddp, collectives, pixels, weights, convnext, counts.
 fidelity: $(VENV)/installed-$(ACCELERATOR)-test
 	$(BIN)/python -m proofs.fidelity $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(PARTS)
 
@@ -41,6 +41,7 @@ bench: $(VENV)/installed-$(ACCELERATOR)-bench
 	$(BIN)/python -m proofs.bench.growth --json runs/bench/growth.json --plot docs/growth.png
 	$(BIN)/python -m proofs.bench.evaluation --json runs/bench/evaluation.json
 	$(BIN)/python -m proofs.bench.convolutions --json runs/bench/convolutions.json
+	$(BIN)/python -m proofs.bench.networks --json runs/bench/networks.json
 
 # What a machine with an NVIDIA GPU shows, in ten minutes, into docs/gpu.md. PARTS: some of tests, fidelity, step,
 # loss, loop, kill.

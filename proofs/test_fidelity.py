@@ -6,6 +6,7 @@ import pytest
 from proofs import rounding, torch_transforms
 from proofs.fidelity import (
     beside_pytorch,
+    convnext,
     devices,
     pixels,
     segmentation_steps,
@@ -16,6 +17,8 @@ from proofs.fidelity.claim import Claim
 from proofs.photographs import photographs
 from proofs.program import Layout
 from proofs.report import table
+from tat_jax import networks
+from tat_jax.networks.convnext import architecture
 from tests.claims import broken
 
 
@@ -71,6 +74,15 @@ def test_boxes_of_another_distribution_are_told_apart(monkeypatch):
 
 def test_converted_networks_are_pytorchs():
     assert broken(weights.claims(photographs(None, 4), None)) == []
+
+
+def test_convnexts_of_other_libraries_are_ours(monkeypatch):
+    depths, width = (1, 1, 2, 1), 4
+    monkeypatch.setitem(networks.ARCHITECTURES, "convnext_narrow", architecture(depths, width))
+    narrow = convnext.Size("convnext_narrow", depths, (4, 8, 16, 32))
+    claims = convnext.claims(narrow, [(70, 33)])
+    assert len(claims) == 4 * (2 + 2)
+    assert broken(claims + convnext.published()) == []
 
 
 def test_a_broken_claim_is_named_and_nan_never_holds():

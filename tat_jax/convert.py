@@ -46,11 +46,15 @@ def _parser() -> argparse.ArgumentParser:
         dest="file",
         metavar="FILE",
         type=_path,
-        help="a checkpoint of PyTorch or safetensors with torchvision's or timm's names, or for a deeplab "
-        "those of jfzhang95/pytorch-deeplab-xception, an index of several "
-        "or their folder, instead of a download",
+        help="a checkpoint of PyTorch or safetensors with torchvision's or timm's names, for a ViT or "
+        "ConvNeXt also Hugging Face's, for a deeplab those of jfzhang95/pytorch-deeplab-xception; or an "
+        "index of several, or their folder, instead of a download",
     )
-    parser.add_argument("--head", choices=["fresh"], help="convert the backbone, and start a head afresh")
+    parser.add_argument(
+        "--head",
+        choices=["fresh", "none"],
+        help="convert the backbone, and start a head afresh, or have none",
+    )
     parser.add_argument("--ema", action="store_true", help="take the moving average beside the weights")
     parser.add_argument("--prefix", help="take the network whose names begin so, where the file has several")
     parser.add_argument("--export", type=_path, metavar="FILE", help="write RUN's student to this file")
@@ -80,7 +84,9 @@ def _export(run: buckets.Place, options: argparse.Namespace) -> None:
     print(f"{options.export}: {exported.entries} entries under {names}, from {exported.folder}")
     if exported.usage:
         print(f"{exported.usage}: its classes, and the size, mean and standard deviation of its images")
-    if exported.head != "trained":
+    if exported.head == "none":
+        print("it has no head, and gives no logits")
+    elif exported.head != "trained":
         print(f"its head is {exported.head}: its logits mean nothing")
 
 
@@ -98,21 +104,24 @@ def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> No
 
     if options.what not in ARCHITECTURES:
         parser.error(f"no architecture {options.what!r}; there are {', '.join(ARCHITECTURES)}")
+    architecture = ARCHITECTURES[options.what]
+    if options.file is None and architecture.published is None:
+        fetch_weights(options.what, None, architecture.found_at)  # says where they are
     if options.to is None:
         parser.error("--to says where the converted weights go")
     if options.to.exists():
         raise FileExistsError(f"{options.to} exists already; remove it or name another folder")
-    file = options.file or fetch_weights(options.what, ARCHITECTURES[options.what].published)
+    file = options.file or fetch_weights(options.what, architecture.published)
     network = convert_entries(
         read_entries(file),
         options.what,
-        fresh_head=options.head == "fresh",
+        head=options.head,
         prefix=options.prefix,
         ema=options.ema,
         source=str(file),
     )
     if options.file is None and options.head is None:
-        network = network._replace(usage=usage_of_imagenet())
+        network = network._replace(usage=usage_of_imagenet(architecture.resize))
     store.save_network(options.to, network)
     parameters = sum(math.prod(np.shape(array)) for array in network.weights.values())
     print(
@@ -120,8 +129,9 @@ def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> No
     )
     if "taken" in network.origin:
         print(network.origin["taken"])
-    if options.head == "fresh":
-        print("its head is fresh: terms on logits refuse it as a teacher, TaT does not need it")
+    if network.origin["head"] != "trained":
+        said = {"fresh": "its head is fresh", "none": "it has no head"}[network.origin["head"]]
+        print(f"{said}: terms on logits refuse it as a teacher, TaT does not need it")
 
 
 if __name__ == "__main__":

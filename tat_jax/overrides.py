@@ -96,6 +96,8 @@ def _set(config: ConfigDict, name: str, texts: Sequence[str], fields: Fields) ->
         here, known = here[part], below if isinstance(below, Mapping) else {}
     before = _value_of(last, here, known, prefix, fields)
     field = find(fields, name)
+    if before is None and field and field.none_is:
+        before = field.none_is(here)
     if field is None and isinstance(before, Mapping | ConfigDict):
         raise ValueError(f"--config.{name}={texts[-1]}: it has fields of its own, {', '.join(before)}")
     rule = field.rule if field else _like(before)

@@ -35,12 +35,16 @@ def usage_of(config: ConfigDict, network: Network, source: Source) -> Usage:
     }
 
 
-def usage_of_imagenet() -> Usage:
-    """Return how torchvision's published networks of ImageNet are used, by its reference."""
+def usage_of_imagenet(shorter_side: int) -> Usage:
+    """Return how torchvision's published networks of ImageNet are used, by its reference.
+
+    Args:
+        shorter_side: to which an image is resized, before its centre is cropped.
+    """
     return {
         "num_classes": 1000,
         "classes": imagenet_classes(),
-        "image": {"shorter_side": 256, "centre": 224},
+        "image": {"shorter_side": shorter_side, "centre": 224},
         "mean": list(MEAN),
         "std": list(STD),
     }

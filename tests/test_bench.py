@@ -98,9 +98,14 @@ def test_the_roofline_is_the_tighter_of_operations_and_bytes(moved, binds, bound
     assert f"{binds} bind" in row.name
 
 
-def test_a_convolution_and_its_gradients_are_compared_each(monkeypatch):
+@pytest.mark.parametrize(
+    "kind",
+    [convolutions.Convolution(8, 4, 8, 3, 2), convolutions.Convolution(8, 4, 4, 3, depthwise=True)],
+    ids=str,
+)
+def test_a_convolution_and_its_gradients_are_compared_each(kind, monkeypatch):
     monkeypatch.setattr(sidebyside, "_PAUSE", 0)
-    rows = convolutions.measure_one(convolutions.Convolution(8, 4, 8, 3, 2), images=True, batch=2)
+    rows = convolutions.measure_one(kind, images=True, batch=2)
     assert [row.name.partition(": ")[2] for row in rows] == [
         "forward",
         "kernel's gradient",

@@ -433,11 +433,19 @@ def test_a_network_without_published_weights_says_how_to_name_a_file(tmp_path, m
     )
 
 
+def test_where_others_have_a_file_is_said_before_anything_else(monkeypatch):
+    place = "model.safetensors from https://huggingface.co/timm/own"
+    own = networks.find("resnet18")._replace(published=None, found_at=place)
+    monkeypatch.setitem(networks.ARCHITECTURES, "own", own)
+    said = f"error: own is not fetched: get {place}, and name it with --from FILE"
+    assert error_of("own") == said
+
+
 def test_an_architecture_that_is_none_is_named_with_those_that_are(tmp_path, capsys):
     error_of("resnet19", "--to", tmp_path / "weights")
-    assert (
-        "no architecture 'resnet19'; there are deeplab_resnet18, deeplab_resnet34" in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "no architecture 'resnet19'; there are convnext_tiny" in said
+    assert "resnet18, resnet34" in said
 
 
 def test_a_layer_of_one_s_own_whose_layout_pytorch_has_otherwise_is_not_exported():

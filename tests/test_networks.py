@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from tat_jax import fields, networks
 from tat_jax.networks.architecture import Architecture
-from tat_jax.networks.view import MEAN, STD, View
+from tat_jax.networks.view import MEAN, View
 from tat_jax.weights import store
 from tat_jax.weights.store import StoredNetwork
 from tests.tiny import Tiny
@@ -53,7 +53,7 @@ def saved(tmp_path):
 def test_the_defaults_of_the_fields_are_allowed_and_build_a_network_of_imagenet_s_statistics():
     config = fields.defaults(networks.FIELDS)
     assert list(fields.wrong(networks.FIELDS, config.to_dict())) == []
-    assert (config.mean, config.std, config.image_size, config.width) == (MEAN, STD, None, 64)
+    assert (config.mean, config.std, config.image_size, config.width) == (None, None, None, 64)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +230,17 @@ def test_a_network_s_own_statistics_and_size_are_kept_on_disk_and_need_no_config
 def test_the_same_weights_may_see_images_of_another_size(saved):
     folder, _ = saved(entry(**OWN))
     assert build(entry(weights=folder, **OWN | {"image_size": 12})).view.image_size == 12
+
+
+def test_mean_and_deviation_are_the_architecture_s_where_a_config_does_not_say(saved, monkeypatch):
+    half = {"mean": (0.5, 0.5, 0.5), "std": (0.4, 0.4, 0.4)}
+    monkeypatch.setitem(networks.ARCHITECTURES, "half", networks.find("resnet18")._replace(**half))
+    folder, was = saved(entry(architecture="half"))
+    assert (was.view.mean, was.view.std) == tuple(half.values())
+    assert not was.arguments.keys() & half.keys()
+    assert networks.restore(folder).view.mean == half["mean"]
+    with pytest.raises(ValueError, match=r"mean=\[0.5, 0.5, 0.5\], the config has \[0.485, "):
+        build(entry(architecture="half", weights=folder, mean=MEAN))
 
 
 def test_what_goes_without_saying_is_not_kept_on_disk(saved):

@@ -251,7 +251,7 @@ def test_a_head_is_missing_only_where_it_is_and_never_taken_from_another_network
     path = saved(root, tmp_path / "headless.ckpt")
     with pytest.raises(ValueError, match=r"has no head \(fc\.weight, fc\.bias\); --head fresh"):
         converted(path, prefix="student")
-    assert converted(path, prefix="student", fresh_head=True).origin["head"] == "fresh"
+    assert converted(path, prefix="student", head="fresh").origin["head"] == "fresh"
     assert_holds(converted(path, prefix="teacher"), weights)
 
 

@@ -1,8 +1,8 @@
 """Each kind of convolution of a network, forward and its two gradients: ours beside PyTorch's.
 
-`python -m proofs.bench.convolutions [NETWORK …] [--json FILE]`. ResNet-18 at 224², batch 16, and what
-DeepLabV3+ adds to it at 513², batch 2; else both. In float32 on a CPU, compiled as the training step is;
-PyTorch is channels-last. It tells where the step's time goes.
+`python -m proofs.bench.convolutions [NETWORK …] [--json FILE]`. ResNet-18 at 224², batch 16, what DeepLabV3+
+adds to it at 513², batch 2, and the depthwise ones of ConvNeXt-T at 224², batch 8; else all. In float32 on a
+CPU, compiled as the training step is; PyTorch is channels-last. It tells where the step's time goes.
 """
 
 from argparse import ArgumentParser
@@ -16,6 +16,7 @@ from einops import rearrange
 
 from proofs.bench.sidebyside import Row, compare_times, main
 from proofs.report import announce
+from tat_jax.networks.depthwise import sum_of_shifted
 from tat_jax.step import CPU_OPTIONS
 
 
@@ -29,6 +30,7 @@ class Convolution(NamedTuple):
         size: of its windows.
         stride: of its windows.
         dilation: of its windows.
+        depthwise: each channel has a kernel of its own, at stride 1 and without dilation.
     """
 
     side: int
@@ -37,11 +39,14 @@ class Convolution(NamedTuple):
     size: int
     stride: int = 1
     dilation: int = 1
+    depthwise: bool = False
 
     def __str__(self) -> str:
         stride = f", stride {self.stride}" if self.stride > 1 else ""
         dilation = f", dilation {self.dilation}" if self.dilation > 1 else ""
         window = f"{self.size}×{self.size}{stride}{dilation}"
+        if self.depthwise:
+            return f"{window} depthwise, {self.side}² × {self.channels}"
         return f"{window}, {self.side}² × {self.channels} → {self.features}"
 
     @property
@@ -75,6 +80,15 @@ KINDS: Mapping[str, tuple[int, tuple[Convolution, ...]]] = {  # a batch, and wha
             Convolution(129, 256, 256, 3),
         ),
     ),
+    "convnext_tiny": (
+        8,
+        (
+            Convolution(56, 96, 96, 7, depthwise=True),
+            Convolution(28, 192, 192, 7, depthwise=True),
+            Convolution(14, 384, 384, 7, depthwise=True),
+            Convolution(7, 768, 768, 7, depthwise=True),
+        ),
+    ),
 }
 
 
@@ -95,7 +109,8 @@ def measure_one(kind: Convolution, *, images: bool, batch: int) -> list[Row]:
     announce(str(kind))
     rng = np.random.default_rng(0)
     x = rng.random((batch, kind.side, kind.side, kind.channels), np.float32)
-    kernel = rng.random((kind.size, kind.size, kind.channels, kind.features), np.float32)
+    inputs = 1 if kind.depthwise else kind.channels
+    kernel = rng.random((kind.size, kind.size, inputs, kind.features), np.float32)
     ours, theirs = _ours(kind, x, kernel), _pytorch(kind, x, kernel)
     names = ("forward", "kernel's gradient", "input's gradient")[: 3 if images else 2]
     return [compare_times(f"{kind}: {name}", ours[name], theirs[name], bound=None) for name in names]
@@ -106,6 +121,8 @@ def _ours(kind: Convolution, x: np.ndarray, kernel: np.ndarray) -> dict[str, Cal
     strides, dilation = (kind.stride,) * 2, (kind.dilation,) * 2
 
     def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if kind.depthwise:
+            return sum_of_shifted(x, kernel)
         layout = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(
             x, kernel, strides, padding, rhs_dilation=dilation, dimension_numbers=layout
@@ -136,13 +153,14 @@ def _pytorch(kind: Convolution, x: np.ndarray, kernel: np.ndarray) -> dict[str, 
         for array, how in ((x, "b h w c -> b c h w"), (kernel, "h w c f -> f c h w"))
     )
     stride, padding, dilation = (kind.stride,) * 2, kind.padding, (kind.dilation,) * 2
+    groups = kind.channels if kind.depthwise else 1
 
     def forward() -> torch.Tensor:
-        return torch.nn.functional.conv2d(maps, weight, None, stride, padding, dilation)
+        return torch.nn.functional.conv2d(maps, weight, None, stride, padding, dilation, groups)
 
     def backward(mask: list[bool]) -> Callable[[], object]:
         return lambda: torch.ops.aten.convolution_backward(
-            by_out, maps, weight, None, stride, padding, dilation, False, [0, 0], 1, mask
+            by_out, maps, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
         )
 
     by_out = torch.ones_like(forward())

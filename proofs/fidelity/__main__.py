@@ -13,6 +13,7 @@ from proofs.command import Part, make_parser, run_parts
 from proofs.fidelity import (
     beside_pytorch,
     collectives,
+    convnext,
     counts,
     ddp,
     devices,
@@ -38,6 +39,7 @@ PARTS: Mapping[str, Part] = {
     "collectives": lambda _: collectives.claims(),
     "pixels": lambda chosen: pixels.claims(chosen.photos),
     "weights": lambda chosen: weights.claims(chosen.photos, chosen.weights),
+    "convnext": lambda _: convnext.claims() + convnext.parameters() + convnext.published(),
     "counts": lambda _: counts.claims(),
 }
 

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from tat_jax.buckets import Bucket, Place, place
 from tat_jax.fields import FOLDER, Field, Fields, Rule, numbers, or_none, whole
 from tat_jax.networks.architecture import Architecture
-from tat_jax.networks.view import MEAN, STD, View
+from tat_jax.networks.view import View
 from tat_jax.weights import folders, remote, store
 from tat_jax.weights.store import StoredNetwork
 
@@ -35,11 +35,17 @@ ARCHITECTURES = _found()
 
 _OF_FAMILIES = {name: field for found in ARCHITECTURES.values() for name, field in found.options.items()}
 _OF_VIEW = {
-    "mean": Field(MEAN, numbers(3, "three numbers", lambda *_: True), "of the channels of its images"),
+    "mean": Field(
+        tuple,
+        or_none(numbers(3, "three numbers", lambda *_: True)),
+        "of the channels of its images; None: the architecture's",
+        none_is=lambda entry: list(find(entry["architecture"]).mean),
+    ),
     "std": Field(
-        STD,
-        numbers(3, "three numbers greater than 0", lambda *channels: min(channels) > 0),
+        tuple,
+        or_none(numbers(3, "three numbers greater than 0", lambda *channels: min(channels) > 0)),
         "their standard deviation, like the mean in units of the full range of a pixel",
+        none_is=lambda entry: list(find(entry["architecture"]).std),
     ),
     "image_size": Field(int, or_none(whole(1)), "to which images are resized for it; None: as they are"),
 }
@@ -195,7 +201,7 @@ def construct(
         ValueError: there is no such architecture.
     """
     architecture = find(arguments["architecture"])
-    options = {name: arguments.get(name, field.default) for name, field in architecture.options.items()}
+    options = {name: _said(name, arguments) for name in architecture.options}
     return architecture.build(
         num_classes=arguments["num_classes"], dtype=jnp.dtype(dtype), bn_group=bn_group, rngs=rngs, **options
     )
@@ -262,17 +268,20 @@ def _arguments(entry: Entry, num_classes: int) -> dict[str, Any]:
     """Return what builds the network of an entry, as JSON gives it back; of its view what is no default."""
     name = entry["architecture"]
     options = find(name).options
-    for option, field in _OF_FAMILIES.items():
-        if option not in options and entry[option] != field.default:
-            raise ValueError(f"{name} has no {option}, so that it must stay {field.default!r}")
+    for option in _OF_FAMILIES:
+        default = _said(option, {})
+        if option not in options and entry[option] != default:
+            raise ValueError(f"{name} has no {option}, so that it must stay {default!r}")
     arguments = {"architecture": name, "num_classes": num_classes, **{key: entry[key] for key in options}}
-    of_view = {key: _as_json(entry[key]) for key in _OF_VIEW}
-    return arguments | {key: value for key, value in of_view.items() if value != _said(key, {})}
+    of_view = {key: _as_json(entry[key]) for key in _OF_VIEW if entry[key] is not None}
+    return arguments | {key: value for key, value in of_view.items() if value != _said(key, arguments)}
 
 
 def _said(name: str, arguments: Mapping[str, Any]) -> Any:
     """Return what some arguments say of a field, or its default."""
     field = FIELDS.get(name)
+    if name not in arguments and isinstance(field, Field) and field.none_is:
+        return field.none_is(arguments)
     default = field.default if isinstance(field, Field) else None
     return arguments.get(name, None if isinstance(default, type) else _as_json(default))
 
@@ -285,7 +294,7 @@ def _view(
     arguments: Mapping[str, Any], *, dtype: DTypeLike, bn_group: int | None = None, rngs: nnx.Rngs
 ) -> View:
     network = construct(arguments, dtype=dtype, bn_group=bn_group, rngs=rngs)
-    return View(network, **{name: arguments[name] for name in _OF_VIEW if name in arguments})
+    return View(network, **{name: _said(name, arguments) for name in _OF_VIEW})
 
 
 def _head(network: nnx.Module, architecture: str) -> dict[str, Any]:

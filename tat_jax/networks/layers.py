@@ -1,4 +1,4 @@
-"""Layers with PyTorch's constants: convolution, batch normalisation and their initialisations."""
+"""Layers with PyTorch's constants: convolution, normalisation and their initialisations."""
 
 import functools
 import math
@@ -152,6 +152,22 @@ def _statistics(
         var, mean, tpu=lambda var, mean: jnp.maximum(var - mean**2, 0), default=lambda var, _: var
     )
     return mean, var, count
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Normalise the channels of each position, in float32 at least; returned in the type of what it reads."""
+
+    def __init__(self, channels: int, *, epsilon: float = 1e-6, dtype: DTypeLike, rngs: nnx.Rngs):
+        exact = at_least_float32(dtype)
+        super().__init__(
+            channels, epsilon=epsilon, dtype=exact, param_dtype=exact, use_fast_variance=False, rngs=rngs
+        )
+
+    def __call__(
+        self, x: Float[Array, "*positions channels"], *, mask: Array | None = None
+    ) -> Float[Array, "*positions channels"]:
+        """Return (x − E[x]) / sqrt(Var[x] + epsilon) · scale + bias."""
+        return super().__call__(x, mask=mask).astype(x.dtype)
 
 
 def conv(

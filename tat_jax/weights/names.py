@@ -1,14 +1,14 @@
 """Weights under torchvision's names, or those of the public DeepLabV3+ checkpoints, into ours and back.
 
 Most differ in the last part alone: `weight` is `kernel` or `scale` here, and `running_mean` is `mean`. timm
-names its residual networks as torchvision does. Where modules have other names in PyTorch, too, their
-`Architecture` says so.
+names its residual networks as torchvision does. Where modules have other names in PyTorch, too, or arrays in
+further libraries, their `Architecture` says so.
 """
 
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +34,7 @@ def convert_entries(
     entries: Mapping[str, np.ndarray],
     architecture: str,
     *,
-    fresh_head: bool = False,
+    head: Literal["fresh", "none"] | None = None,
     prefix: str | None = None,
     ema: bool = False,
     source: str,
@@ -47,7 +47,8 @@ def convert_entries(
     Args:
         entries: tensors by name.
         architecture: a name of a network.
-        fresh_head: leave the head out, and start one for the classes of ImageNet, or VOC, afresh.
+        head: leave the head out, and start one for the classes of ImageNet, or VOC, "fresh"; or have "none".
+            None takes the one that is there, without which only a network that is published so converts.
         prefix: under which to look, where several networks are there.
         ema: take the moving average of the network instead of the network.
         source: what errors call the entries, and the network its origin; the origin says what was `taken`,
@@ -57,31 +58,36 @@ def convert_entries(
         ValueError: entries are missing, extra, empty, of another shape, not finite or whole numbers; each is
             named. Or no network is there, or several.
     """
-    head = _head(architecture)
+    of_head = _head(architecture)
     entries, taken = _of_network(entries, architecture, prefix=prefix, ema=ema, source=source)
     entries = _without_doubles(entries, architecture, source)
-    if fresh_head:
-        entries = {name: array for name, array in entries.items() if name not in head}
-    elif not any(name in entries for name in head) and _body(architecture) <= entries.keys():
-        raise ValueError(f"{source} has no head ({', '.join(head)}); --head fresh starts one afresh")
+    if head is not None:
+        entries = {name: array for name, array in entries.items() if name not in of_head}
     empty = [name for name, array in entries.items() if not array.size]
     if empty:  # Its shape may claim any width and any number of classes.
         raise ValueError(f"{source} has no numbers in {', '.join(empty)}")
-    entries, arguments, shapes = _laid_out(entries, architecture)
+    entries, arguments, shapes = _laid_out(entries, architecture, head, source)
+    headless = head is None and not any(name in entries for name in of_head)
+    if headless and arguments["num_classes"] and _body(architecture) <= entries.keys():
+        raise ValueError(
+            f"{source} has no head ({', '.join(of_head)}); "
+            "--head fresh starts one afresh, --head none goes without"
+        )
     expected = _in_torch(shapes, architecture)
-    if fresh_head:
-        expected = {name: shape for name, shape in expected.items() if name not in head}
+    if head == "fresh":
+        expected = {name: shape for name, shape in expected.items() if name not in of_head}
     store.check_entries({name: a.shape for name, a in entries.items()}, expected, source=source)
     _check_numbers(entries, source)
     names = {path: torch_names(path, architecture)[0] for path in shapes}
     weights: store.Weights = {
         path: to_ours(path, entries[name]) for path, name in names.items() if name in entries
     }
-    if fresh_head:
+    if head == "fresh":
         own = store.network_weights(networks.construct(arguments, rngs=nnx.Rngs(0)))
-        weights |= {path: value for path, value in own.items() if names[path] in head}
-    origin = {"head": "fresh" if fresh_head else "trained", "source": source}
-    return StoredNetwork(weights, arguments, origin | ({"taken": taken} if taken else {}))
+        weights |= {path: value for path, value in own.items() if names[path] in of_head}
+    state = "none" if not arguments["num_classes"] else head or "trained"
+    origin = {"head": state, "source": source} | ({"taken": taken} if taken else {})
+    return StoredNetwork(weights, arguments, origin)
 
 
 def _head(architecture: str) -> tuple[str, str]:
@@ -99,8 +105,10 @@ def _body(architecture: str) -> frozenset[str]:
 
 @functools.cache
 def _paths(architecture: str) -> tuple[str, ...]:
-    """Return the paths of a network's arrays, which its classes do not change."""
-    return tuple(_shapes({"architecture": architecture, "num_classes": 1}))
+    """Return the paths of the arrays that every network of an architecture has."""
+    return tuple(
+        _shapes({"architecture": architecture, "num_classes": 1, **networks.find(architecture).least})
+    )
 
 
 def _of_network(
@@ -108,6 +116,7 @@ def _of_network(
 ) -> tuple[Entries, str]:
     """Return the entries of the network under its own names, and what was chosen of which."""
     entries, body = _in_torch_names(entries, source), _body(architecture)
+    entries = networks.find(architecture).translate(entries)
     own = Names(architecture, body, networks.find(architecture).head)
     # MLX counts the layers of a sequence below that name, which other networks have of their own.
     without = {re.sub(r"\.layers\.(?=\d)", ".", name): array for name, array in entries.items()}
@@ -145,7 +154,7 @@ def _in_torch_names(entries: Mapping[str, np.ndarray], source: str) -> Entries:
 
 
 def _laid_out(
-    entries: Entries, architecture: str
+    entries: Entries, architecture: str, head: str | None, source: str
 ) -> tuple[Entries, dict[str, Any], dict[str, tuple[int, ...]]]:
     """Return the entries in PyTorch's layout, what builds the network, and the shapes of its own arrays.
 
@@ -154,13 +163,26 @@ def _laid_out(
     found = []
     for layout in ("o i h w", "o h w i"):
         turned = {n: rearrange(a, f"{layout} -> o i h w") if a.ndim == 4 else a for n, a in entries.items()}
-        arguments = {"architecture": architecture, **networks.find(architecture).read_arguments(turned)}
+        arguments = _arguments(turned, architecture, head, source)
         shapes = _shapes(arguments)
         found.append((turned, arguments, shapes))
         expected = _in_torch(shapes, architecture)
         if all(a.ndim != 4 or expected.get(n, a.shape) == a.shape for n, a in turned.items()):
             return found[-1]
     return found[0]
+
+
+def _arguments(entries: Entries, architecture: str, head: str | None, source: str) -> dict[str, Any]:
+    """Return what builds the network that entries fit, with the head that is wanted."""
+    try:
+        found = networks.find(architecture).read_arguments(entries)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    if head == "none":
+        found["num_classes"] = 0
+    elif head == "fresh":
+        found["num_classes"] = found["num_classes"] or 1000  # of ImageNet
+    return {"architecture": architecture, **found}
 
 
 def _check_numbers(entries: Entries, source: str) -> None:
@@ -221,7 +243,8 @@ def torch_names(path: str, architecture: str | None) -> tuple[str, ...]:
     if architecture is None:
         return (torch_name(path),)
     module, _, leaf = path.rpartition(".")
-    return tuple(torch_name(f"{name}.{leaf}") for name in networks.find(architecture).torch_modules(module))
+    modules = networks.find(architecture).torch_modules(module) if module else ("",)
+    return tuple(torch_name(f"{name}.{leaf}" if name else leaf) for name in modules)
 
 
 def to_ours(path: str, array: np.ndarray) -> np.ndarray:

@@ -13,13 +13,22 @@ from tat_jax.metrics import progress_of_bytes
 PUBLISHED_AT = "https://download.pytorch.org/models"
 
 
-def fetch_weights(architecture: str, name: str | None) -> Path:
+def fetch_weights(architecture: str, name: str | None, found_at: str = "") -> Path:
     """Return the file of an architecture's published weights, in the user's cache.
+
+    Args:
+        architecture: its name.
+        name: of the file, as `fetch` has it; None where torchvision has none.
+        found_at: where others publish one, in words.
 
     Raises:
         OSError: none are published, there is no cache, or the server does not answer as it should.
         ValueError: what came is not the published file.
     """
+    if name is None and found_at:
+        raise FileNotFoundError(
+            f"{architecture} is not fetched: get {found_at}, and name it with --from FILE"
+        )
     if name is None:
         raise FileNotFoundError(
             f"no weights of {architecture} are published; name a file of them with --from"
