@@ -1,5 +1,7 @@
 """What a config trains: the networks, what the losses hold, the optimiser, the first state."""
 
+import contextlib
+import functools
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -15,14 +17,16 @@ from tat_jax.distill import Distillation, Recipe, TrainState
 from tat_jax.losses import Own, Term, own_terms, terms_of
 from tat_jax.losses.loss import Loss
 from tat_jax.networks import Network, OwnNetwork
+from tat_jax.networks.precision import narrow
 from tat_jax.networks.view import Outputs, OutputShapes, watch
 from tat_jax.schedules import weight_at
 from tat_jax.tasks import TASKS
 from tat_jax.usage import other_classes
+from tat_jax.weights.store import digest, flatten
 
 
 class Built(NamedTuple):
-    """A training with its arrays, which lie whole on every device.
+    """A training with its arrays, which lie whole on every device, but for a teacher that is sharded.
 
     Attributes:
         recipe: the static parts of the step.
@@ -30,6 +34,7 @@ class Built(NamedTuple):
         teacher: the arrays of the teacher's view; None where no term of the loss reads it.
         student: how the student is built.
         terms: what the loss is made of.
+        teacher_digest: the SHA-256 of the teacher's arrays, wherever they lie.
     """
 
     recipe: Recipe
@@ -37,6 +42,7 @@ class Built(NamedTuple):
     teacher: nnx.State | None
     student: Network
     terms: list[Term]
+    teacher_digest: str | None
 
 
 def build(
@@ -91,8 +97,14 @@ def build(
         teacher_in_training=config.teacher_mode == "train",
     )
     state = distill.init_state(distillation, optimizer)
-    state, teacher_state = sharding.put_whole((state, teacher_state), mesh, what="the networks' weights")
-    return Built(recipe, state, teacher_state, learner, terms)
+    return Built(
+        recipe,
+        sharding.put_whole(state, mesh, what="the student's weights"),
+        sharding.put(teacher_state, teacher_place(config, mesh), what="the teacher's weights"),
+        learner,
+        terms,
+        None if teacher_state is None else digest(flatten(teacher_state)),
+    )
 
 
 def all_terms(config: ConfigDict, own: Own | None = None) -> list[Term]:
@@ -134,19 +146,38 @@ def build_teacher(
     own: OwnNetwork | Network | None = None,
     terms: Sequence[Term] = (),
 ) -> Network | None:
-    """Build the teacher of a config likewise, with its own head; None where no term of the loss reads it."""
+    """Build the teacher of a config likewise, with its own head; None where no term of the loss reads it.
+
+    Its kernels are of `config.teacher_dtype`, and one that is to be sharded is in the machine's own memory.
+    """
     if not read_teacher(terms):
         return None
-    if own is not None:
-        return networks.own(_copied(own), num_classes=num_classes, seed=config.seed)
-    return networks.build(
-        config.teacher,
-        num_classes=num_classes,
-        dtype=config.dtype,
-        bn_group=config.bn_group if config.teacher_mode == "train" else None,
-        seed=config.seed,
-        fit_head=False,
-    )
+    with sharding.on_host() if _is_sharded(config) else contextlib.nullcontext():
+        if own is not None:
+            network = networks.own(_copied(own), num_classes=num_classes, seed=config.seed)
+        else:
+            network = networks.build(
+                config.teacher,
+                num_classes=num_classes,
+                dtype=config.dtype,
+                bn_group=config.bn_group if config.teacher_mode == "train" else None,
+                seed=config.seed,
+                fit_head=False,
+            )
+        if config.teacher_dtype != "float32":  # in which, or in float64, they are
+            narrow(network.view, config.teacher_dtype)
+    return network
+
+
+def teacher_place(config: ConfigDict, mesh: Mesh) -> sharding.Place:
+    """Return where arrays of the teacher lie by `config.teacher_sharding`."""
+    if _is_sharded(config):
+        return functools.partial(sharding.split, mesh=mesh)
+    return lambda _: sharding.replicated(mesh)
+
+
+def _is_sharded(config: ConfigDict) -> bool:
+    return config.teacher_sharding == "sharded"
 
 
 def read_teacher(terms: Iterable[Term]) -> bool:

@@ -125,7 +125,7 @@ def evaluate(
 
     Args:
         graph: the structure of a network's `View`.
-        state: its arrays, whole on every device.
+        state: its arrays, whole on every device or split over them.
         task: that of the pipeline.
         pipeline: the split, without augmentation.
         mesh: the devices.
@@ -178,8 +178,12 @@ def eval_step(graph: nnx.GraphDef, task: Task, state: nnx.State, batch: Batch) -
 @functools.cache
 def jit_eval_step(mesh: Mesh) -> jax.stages.Wrapped:
     """Return the step for a mesh, the same at every call, so that a process compiles each network once."""
+
+    def count(graph: nnx.GraphDef, task: Task, state: nnx.State, batch: Batch) -> dict[str, Array]:
+        return eval_step(graph, task, sharding.gathered(state, mesh), batch)
+
     # Counts that are arrays lie whole on every device as well, so that each process can read them.
-    return jax.jit(eval_step, static_argnums=(0, 1), out_shardings=sharding.replicated(mesh))
+    return jax.jit(count, static_argnums=(0, 1), out_shardings=sharding.replicated(mesh))
 
 
 def _add(totals: dict[str, np.ndarray], counts: Mapping[str, jax.Array] | None) -> int:

@@ -42,6 +42,17 @@ FIELDS: Fields = {
         one_of("eval", "train"),
         "of the teacher; train: statistics of the batch and dropout, as published for segmentation",
     ),
+    "teacher_dtype": Field(
+        "float32",
+        one_of("float32", "bfloat16"),
+        "of the teacher's kernels in memory; its vectors and all it computes are as they would be otherwise",
+    ),
+    "teacher_sharding": Field(
+        "replicated",
+        one_of("replicated", "sharded"),
+        "whether each device has the teacher's kernels whole, or its part, and gathers each as it is used",
+        may_change=True,
+    ),
     "losses": losses.FIELDS,
     "optimizer": optim.FIELDS,
     "data": data.FIELDS,

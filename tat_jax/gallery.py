@@ -7,10 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 from PIL import Image, ImageDraw
 
-from tat_jax import overlays, paths, pictures
+from tat_jax import overlays, paths, pictures, sharding
 from tat_jax.captions import LINE, fit, font
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.source import class_colours, class_names
@@ -30,17 +31,29 @@ class Gallery:
 
     `predictions.png` is drawn after each evaluation where labels are maps, `confusion.png` after the last one
     where the task counts what is confused.
-    Only the process that shows has one: it computes by copies on a device of its own, and no other waits.
+    The process that shows computes by copies on a device of its own, and no other waits; but for what the
+    teacher predicts whose arrays are split over the devices of all, which is computed once.
 
     Args:
         folder: the run's.
         data: the images to validate.
         recipe: has the task, and the structure of the teacher's view.
-        teacher: the arrays of that, whole on every device; None where there is no teacher.
+        teacher: the arrays of that; None where there is no teacher.
+        mesh: the devices.
+        show: whether this process draws.
     """
 
-    def __init__(self, folder: Path, data: Pipeline, recipe: Recipe, teacher: nnx.State | None):
-        self._folder, self._data, self._task = folder, data, recipe.task
+    def __init__(
+        self,
+        folder: Path,
+        data: Pipeline,
+        recipe: Recipe,
+        teacher: nnx.State | None,
+        mesh: Mesh,
+        *,
+        show: bool,
+    ):
+        self._folder, self._data, self._task, self._mesh, self._show = folder, data, recipe.task, mesh, show
         self._teacher = None
         if recipe.teacher is not None and teacher is not None and recipe.teacher_has_head:
             self._teacher = recipe.teacher, teacher
@@ -51,12 +64,12 @@ class Gallery:
         Raises:
             OSError: the picture cannot be written.
         """
-        if evaluation.confusion is not None:
+        if self._show and evaluation.confusion is not None:
             with paths.replacing(self._folder / "confusion.png") as partial:
                 pictures.plot_confusion(evaluation.confusion, partial, class_names(self._data.source))
 
     def draw(self, graph: nnx.GraphDef, state: nnx.State) -> None:
-        """Draw what a student's view predicts.
+        """Draw what a student's view predicts; to be called in every process.
 
         Args:
             graph: the structure of the view.
@@ -65,8 +78,10 @@ class Gallery:
         Raises:
             OSError: the picture cannot be written.
         """
+        if self._teacher and not sharding.are_whole(self._teacher[1]):
+            _ = self._of_teacher
         source = self._data.source
-        if maps := self._label_maps(graph, state):
+        if self._show and (maps := self._label_maps(graph, state)):
             named, colours = class_names(source), class_colours(source)
             columns = {"truth": [label for _, label, _ in self._look], "prediction": maps, **self._of_teacher}
             palette = overlays.palette(source.num_classes, colours)
@@ -92,18 +107,24 @@ class Gallery:
 
     def _label_maps(self, graph: nnx.GraphDef, state: nnx.State) -> list[LabelMap]:
         """Return what a network predicts of the images that are shown, one after the other."""
-        here = jax.tree.map(lambda array: array.addressable_data(0), state)
+        mesh = None if sharding.are_whole(state) else self._mesh
+        if mesh is None:
+            state = jax.tree.map(lambda array: array.addressable_data(0), state)
         found = [
-            _class_maps(graph, self._task, here, image[None], label[None]) for image, label, _ in self._look
+            _class_maps(graph, self._task, mesh, state, image[None], label[None])
+            for image, label, _ in self._look
         ]
         return [np.asarray(maps)[0] for maps in found if maps is not None]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _class_maps(
-    graph: nnx.GraphDef, task: Task, state: nnx.State, image: Array, label: Array
+    graph: nnx.GraphDef, task: Task, mesh: Mesh | None, state: nnx.State, image: Array, label: Array
 ) -> Array | None:
-    return task.class_maps(nnx.merge(graph, state)(image), label)
+    """Return the class of each pixel; on all devices of a mesh, where the state is split over them."""
+    state = sharding.gathered(state, mesh) if mesh else state
+    maps = task.class_maps(nnx.merge(graph, state)(image), label)
+    return sharding.gathered(maps, mesh) if mesh else maps
 
 
 def _sheet(

@@ -26,7 +26,7 @@ from tat_jax import (
     sharding,
 )
 from tat_jax.buckets import Bucket, Place
-from tat_jax.build import Built, all_terms, build, build_student, build_teacher, shapes_of
+from tat_jax.build import Built, all_terms, build, build_student, build_teacher, shapes_of, teacher_place
 from tat_jax.checkpoints import read_provenance
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.sample import Sample
@@ -193,7 +193,7 @@ def measure_teacher(
         threads=config.data.threads,
     )
     graph, state = nnx.split(teacher.view)
-    state = sharding.put_whole(state, mesh, what="the teacher's weights")
+    state = sharding.put(state, teacher_place(config, mesh), what="the teacher's weights")
     evaluation = evaluate(graph, state, task, data, mesh, show=False)
     # A teacher of few classes is right by chance often: some way from there to always.
     chance = task.chance(sample.num_classes)
@@ -231,7 +231,7 @@ def build_training(
     )
     lines = [describe_training(config, built)]
     if folder:
-        now = provenance.provenance_of(class_names(data.source), built.teacher)
+        now = provenance.provenance_of(class_names(data.source), built.teacher_digest)
         changed = provenance.changes(_provenance_of(folder), now, folder)
         lines += [f"changed: {line}" for line in changed]
     return "\n".join(lines), built

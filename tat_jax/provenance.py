@@ -7,10 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from flax import nnx
-
 from tat_jax.buckets import Place
-from tat_jax.weights.store import digest, flatten
 
 Provenance = dict[str, Any]
 
@@ -18,18 +15,18 @@ _PACKAGES = ("tat-jax", "jax", "flax", "optax")
 
 
 def provenance_of(
-    classes: Sequence[str] | None, teacher: nnx.State | None, to_validate: int | None = None
+    classes: Sequence[str] | None, teacher: str | None, to_validate: int | None = None
 ) -> Provenance:
     """Return what a run is made of, as JSON has it.
 
     Args:
         classes: the names of the classes by label; None where the data has none.
-        teacher: the arrays of its view, of which the SHA-256 is kept; None where no loss term uses it.
+        teacher: the SHA-256 of its arrays; None where no loss term uses it.
         to_validate: how many images accuracies are of.
     """
     return {
         "classes": None if classes is None else list(classes),
-        "teacher": None if teacher is None else digest(flatten(teacher)),
+        "teacher": teacher,
         "to_validate": to_validate,
         "versions": {name: _version(name) for name in _PACKAGES},
     }

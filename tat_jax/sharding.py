@@ -1,14 +1,16 @@
-"""The devices as one axis, `data`, and the two ways an array lies on them."""
+"""The devices as one axis, `data`, and the ways an array lies on them."""
 
+import contextlib
 import functools
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -16,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tat_jax.weights.store import digest
 
 _Tree = TypeVar("_Tree")
+Place = Callable[[Any], NamedSharding]  # of an array, or of what has its shape and type
 # What starts several processes says so in the environment: SLURM, Open MPI, a TPU pod, or a person.
 _CLUSTER_SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -111,6 +114,30 @@ def batched(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
+def split(array: Any, mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array that is split: its longest axis that the devices share evenly.
+
+    Vectors, arrays without such an axis, and what is no number in floating point lie whole on every device.
+    """
+    axes = [axis for axis, length in enumerate(array.shape) if length % mesh.size == 0]
+    if array.ndim < 2 or not axes or not jnp.issubdtype(array.dtype, jnp.floating):
+        return replicated(mesh)
+    longest = max(axes, key=lambda axis: array.shape[axis])
+    return NamedSharding(mesh, PartitionSpec(*([None] * longest), "data"))
+
+
+def are_whole(arrays: Any) -> bool:
+    """Return whether arrays lie whole on every device that they lie on."""
+    return all(array.is_fully_replicated for array in jax.tree.leaves(arrays))
+
+
+def gathered(arrays: _Tree, mesh: Mesh) -> _Tree:
+    """Return, within a program, arrays that may be split as whole ones, each gathered where it is used."""
+    if mesh.size == 1:
+        return arrays
+    return jax.lax.with_sharding_constraint(arrays, replicated(mesh))
+
+
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Raise a ValueError unless the devices share a batch evenly."""
     if batch_size % mesh.size:
@@ -154,16 +181,32 @@ def put_whole(arrays: _Tree, mesh: Mesh, *, what: str) -> _Tree:
     Raises:
         ValueError: they are not the same.
     """
-    place = replicated(mesh)
+    return put(arrays, lambda _: replicated(mesh), what=what)
+
+
+def put(arrays: _Tree, place: Place, *, what: str) -> _Tree:
+    """Return arrays likewise, each where its `place` says, and nowhere else on the way there."""
+    places = jax.tree.map(place, arrays)
     if jax.process_count() == 1:
-        return jax.device_put(arrays, place)
+        return jax.device_put(arrays, places)
     check_same({what: digest(arrays)})
 
-    def put(array: jax.Array) -> jax.Array:
-        on_each = [jax.device_put(array, device) for device in mesh.local_devices]
+    def put_one(array: jax.Array, place: NamedSharding) -> jax.Array:
+        if not place.is_fully_replicated:
+            here = np.asarray(array)
+            return jax.make_array_from_callback(array.shape, place, lambda part: here[part])
+        on_each = [jax.device_put(array, device) for device in place.mesh.local_devices]
         return jax.make_array_from_single_device_arrays(array.shape, place, on_each)
 
-    return jax.tree.map(put, arrays)
+    return jax.tree.map(put_one, arrays, places)
+
+
+def on_host() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which arrays are made in the machine's own memory, where JAX has a CPU at hand."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return contextlib.nullcontext()
 
 
 class Agreement:

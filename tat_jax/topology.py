@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tat_jax import paths, sharding
 from tat_jax.batch import Batch
-from tat_jax.build import Built
+from tat_jax.build import Built, teacher_place
 from tat_jax.compiled import Program, describe
 from tat_jax.evaluate import jit_eval_step
 from tat_jax.step import jit_train_step
@@ -135,8 +135,8 @@ def compile_step(
     Raises:
         MemoryError: it needs more than a device has.
     """
-    whole = sharding.replicated(pod.mesh)
-    state, teacher = (_abstract(arrays, whole) for arrays in (built.state, built.teacher))
+    state = _abstract(built.state, lambda _: sharding.replicated(pod.mesh))
+    teacher = _abstract(built.teacher, teacher_place(config, pod.mesh))
     step = jit_train_step(built.recipe, pod.mesh)
     batch = _batch(config, pod, images, source, train=True)
     return _compile(step.lower(state, teacher, batch), pod, options)
@@ -147,7 +147,7 @@ def compile_evaluation(
 ) -> Program:
     """Compile likewise what an evaluation of the student counts of a batch."""
     graph, state = nnx.split(built.student.view)
-    state = _abstract(state, sharding.replicated(pod.mesh))
+    state = _abstract(state, lambda _: sharding.replicated(pod.mesh))
     count = jit_eval_step(pod.mesh)
     batch = _batch(config, pod, images, source, train=False)
     return _compile(count.lower(graph, built.recipe.task, state, batch), pod, QUICK)
@@ -168,8 +168,8 @@ def _batch(config: ConfigDict, pod: Pod, images: int, source: Any, *, train: boo
     )
 
 
-def _abstract(arrays: Any, place: NamedSharding) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arrays)
+def _abstract(arrays: Any, place: sharding.Place) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), arrays)
 
 
 def _compile(lowered: jax.stages.Lowered, pod: Pod, options: Mapping[str, Any]) -> Program:

@@ -107,7 +107,8 @@ class _Training:
         self._step_fn = jit_train_step(built.recipe, mesh)
         self._agreement = sharding.Agreement(mesh)
         source = data.source
-        self._provenance = provenance.provenance_of(class_names(source), built.teacher, len(eval_data.source))
+        made_of = class_names(source), built.teacher_digest, len(eval_data.source)
+        self._provenance = provenance.provenance_of(*made_of)
         self._usage = usage_of(config, built.student, source)
         self._open = contextlib.ExitStack()
 
@@ -130,7 +131,8 @@ class _Training:
                 (folder / "usage.json").write_bytes(as_json(self._usage))
                 print(self._summary(restored, of_config + of_parts), flush=True)
                 pictures.draw_images(self._data, self._eval_data, folder / "images.png")
-                self._gallery = Gallery(folder, self._eval_data, self._built.recipe, self._built.teacher)
+            of_networks = self._built.recipe, self._built.teacher
+            self._gallery = Gallery(folder, self._eval_data, *of_networks, self._mesh, show=self._show)
             writes = self._show or not work.is_shared
             self._bar = opened.enter_context(
                 progress(
@@ -264,10 +266,10 @@ class _Training:
             if skipped:
                 self._bar.write(f"  {skipped} unreadable training images skipped")
         self._save(evaluation.measures)
-        if self._show:  # after the save, which a picture that cannot be drawn must not cost
-            self._gallery.draw(*_view(self._built.recipe, self._state))
-            if self.is_done():
-                self._gallery.draw_confusion(evaluation)
+        # After the save, which a picture that cannot be drawn must not cost.
+        self._gallery.draw(*_view(self._built.recipe, self._state))
+        if self.is_done():
+            self._gallery.draw_confusion(evaluation)
 
     def finish(self) -> dict[str, Row]:
         """Draw the run, keep of it what is asked for, and return its last and its best evaluation."""

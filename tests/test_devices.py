@@ -19,9 +19,10 @@ from tat_jax.step import jit_train_step
 from tests.claims import broken
 
 
-def test_two_processes_of_four_devices_train_as_one_device_does():
+def test_two_processes_of_four_devices_train_as_one_device_does_under_a_teacher_that_is_split_over_them():
     layouts = (Layout(1, 1), Layout(2, 4))
-    claims = devices.compare(layouts, "--config.bn_group=2", name="", bound=5e-6)
+    options = "--config.bn_group=2", "--config.teacher_sharding=sharded"
+    claims = devices.compare(layouts, *options, name="", bound=5e-6)
     assert len(claims) == 1
     assert broken(claims) == []
 

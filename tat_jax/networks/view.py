@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from tat_jax.batch import Images, Where
 from tat_jax.networks.layers import at_least_float32
+from tat_jax.networks.precision import widened
 from tat_jax.networks.taps import keeping, modules_of, read
 
 # torchvision's statistics of ImageNet, in units of the full range of a pixel.
@@ -96,7 +97,8 @@ class View(nnx.Module):
             ValueError: the network cannot be called so, or has no such tap.
         """
         images = jnp.asarray(images)
-        network = nnx.merge(*nnx.split(self.network), copy=not train)
+        graph, state = nnx.split(self.network)
+        network = nnx.merge(graph, widened(state), copy=not train)
         if not train:
             network.eval()
         modules = modules_of(network)
