@@ -61,7 +61,7 @@ def build(
     Args:
         config: as the functions in `configs/` return it.
         mesh: the devices.
-        num_classes: of the data.
+        num_classes: of the data; 0 where its images have no labels.
         steps_per_epoch: batches an epoch.
         classes: their names, by label; None where they have none.
         student: a network instead of the config's.
@@ -76,6 +76,8 @@ def build(
     if group and config.batch_size > group and config.batch_size % group:
         raise ValueError(f"bn_group={group} does not divide batch_size={config.batch_size}")
     terms = all_terms(config, losses)
+    if not num_classes:
+        _check_labels(terms)
     learner = build_student(config, num_classes, student)
     master = build_teacher(config, num_classes, teacher, terms)
     if master:
@@ -193,6 +195,29 @@ def _copied(module: Any) -> Any:
     return nnx.merge(graph, jax.tree.map(jnp.copy, state))
 
 
+def _check_labels(terms: Sequence[Term]) -> None:
+    if names := [term.name for term in terms if term.loss.needs_labels]:
+        raise ValueError(
+            f"{' and '.join(names)} {_reads(names)} labels, and the images have none: set the weight to 0, as "
+            f"by --config.losses.{names[0]}.weight=0, and give one to a loss that compares taps"
+        )
+
+
+def _check_heads(terms: Sequence[Term], student: OutputShapes, teacher: OutputShapes) -> None:
+    names = [term.name for term in terms if term.loss.needs_logits]
+    of_teacher = [term.name for term in terms if term.loss.needs_logits and term.loss.needs_teacher]
+    for which, outputs, found in (("student", student, names), ("teacher", teacher, of_teacher)):
+        if found and outputs.logits is None:
+            raise ValueError(
+                f"{' and '.join(found)} {_reads(found)} logits, and the {which} gives none, as it has no "
+                f"head: set the weight to 0, or take a {which} with a head"
+            )
+
+
+def _reads(names: Sequence[str]) -> str:
+    return "read" if names[1:] else "reads"
+
+
 def _check_logits(
     terms: Sequence[Term], teacher: Network, num_classes: int, classes: Sequence[str] | None
 ) -> None:
@@ -201,7 +226,7 @@ def _check_logits(
         if not (term.loss.needs_teacher and term.loss.needs_logits):
             continue
         way_out = f"{term.name} compares its logits: take another teacher, or set its weight to 0"
-        if teacher.origin["head"] == "fresh":
+        if teacher.origin["head"] in ("fresh", networks.NO_HEAD):
             raise ValueError(f"the teacher from {source} has no trained head, and {way_out}")
         if wrong := other_classes(teacher, num_classes, classes):
             raise ValueError(f"the teacher from {source} is one of other classes: {wrong}; {way_out}")
@@ -225,6 +250,7 @@ def _build_losses(
 ) -> dict[str, Loss]:
     """Return the loss of every term, made for the shapes of what both networks give."""
     shapes = shapes_of(config, terms, student, teacher)
+    _check_heads(terms, *shapes)
     built = {}
     for term in terms:
         if isinstance(term.loss, Loss):

@@ -135,7 +135,7 @@ class RunCheckpoints:
         """Save a state; one that was saved without `metrics` before may be saved with them.
 
         Args:
-            state: what is trained. Its student counts as one with a trained head.
+            state: what is trained. Its student counts as one with a trained head, if it has any.
             arguments: what builds the student, as `networks.Network` has them.
             position: in the data and in the log.
             usage: of the student, see `usage.usage_of`.
@@ -151,7 +151,8 @@ class RunCheckpoints:
         student, training = _student(state), _training(state)
         if not self._is_shared:
             student, training = jax.device_get((student, training))  # whole, and without the others
-        origin = {"head": "trained", "source": f"step {step}"}
+        head = "none" if arguments.get("num_classes") == 0 else "trained"
+        origin = {"head": head, "source": f"step {step}"}
         said = {
             "position": position,
             "provenance": dict(provenance),

@@ -129,15 +129,16 @@ def inspect_student(
         FileNotFoundError: its weights are missing.
         ValueError: they are another network's, or not finite.
     """
-    network = build_student(config, num_classes or 1, own)
-    return describe_network(network, head=network.origin["head"] if num_classes else _UNKNOWN_HEAD), network
+    network = build_student(config, 1 if num_classes is None else num_classes, own)
+    head = _UNKNOWN_HEAD if num_classes is None else network.origin["head"]
+    return describe_network(network, head=head), network
 
 
 def inspect_teacher(
     config: ConfigDict, num_classes: int | None, own: OwnNetwork | None, losses: Own | None
 ) -> tuple[str, Network | None]:
     """Build the teacher likewise, where a term of the loss reads it."""
-    network = build_teacher(config, num_classes or 1, own, all_terms(config, losses))
+    network = build_teacher(config, 1 if num_classes is None else num_classes, own, all_terms(config, losses))
     if network is None:
         return "none: no loss term uses the teacher", None
     return describe_network(network, head=network.origin["head"]), network

@@ -56,8 +56,15 @@ def as_json(usage: Mapping[str, Any]) -> bytes:
 
 
 def other_classes(network: Network, num_classes: int, classes: Sequence[str] | None) -> str:
-    """Return how the classes of network and data differ; empty where they agree as far as they are known."""
+    """Return how the classes of network and data differ; empty where they agree as far as they are known.
+
+    Data without classes has none that could differ.
+    """
+    if not num_classes:
+        return ""
     known = network.arguments.get("num_classes", network.usage.get("num_classes", num_classes))
+    if not known:
+        return "it has no head"
     if known != num_classes:
         return f"it knows {known:,} classes, the data {num_classes:,}"
     names = network.usage.get("classes")

@@ -96,6 +96,7 @@ class CrossEntropy(Loss):
 
     name: ClassVar[str] = "cross_entropy"
     needs_labels: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = False
 
     def __call__(
@@ -115,6 +116,7 @@ class PixelCrossEntropy(Loss):
         )
     }
     needs_labels: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = False
 
     def __init__(self, *, divide_by_batch: bool = True):

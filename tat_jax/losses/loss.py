@@ -28,7 +28,8 @@ class Loss(nnx.Module):
         has_parameters: whether a run can switch it on or off only before it begins.
         needs_labels: whether it reads `batch.label`.
         needs_teacher: whether it reads the teacher's outputs.
-        needs_logits: whether it reads the teacher's logits, whose head must be trained then.
+        needs_logits: whether it reads logits, the student's and, with `needs_teacher`, the teacher's, whose
+            head must be trained then.
     """
 
     name: ClassVar[str]

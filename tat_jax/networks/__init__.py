@@ -24,6 +24,7 @@ from tat_jax.weights.store import StoredNetwork
 OwnNetwork: TypeAlias = nnx.Module | Callable[..., nnx.Module]  # one of the user's, or what builds it
 Entry: TypeAlias = ConfigDict | Mapping[str, Any]  # the `FIELDS` of one network
 RANDOM = "random"  # weights drawn from the seed instead of read from a folder
+NO_HEAD = "none"  # the head of a network that gives no logits, as `Network.origin` says it
 
 
 def _found() -> dict[str, Architecture]:
@@ -72,8 +73,8 @@ class Network(NamedTuple):
         view: of the network.
         arguments: what builds it again: its architecture, its number of classes, its options, and what its
             view has that is not the default. Empty for a network of your own.
-        origin: where its weights came from, as `source`; `head` is "trained", "random", or "fresh" where its
-            logits mean nothing yet.
+        origin: where its weights came from, as `source`; `head` is "trained", "random", "fresh" where its
+            logits mean nothing yet, or "none" of a network without a head.
         usage: what is known of its images and its classes, see `usage.usage_of`; empty of random weights.
     """
 
@@ -101,12 +102,12 @@ def build(
 
     Args:
         entry: what a config says of the network.
-        num_classes: of the data.
+        num_classes: of the data; 0 where it has no classes, for which a student needs no head.
         dtype: the type of activations.
         bn_group: images over which batch statistics are taken; None is the whole batch.
         seed: what random weights are drawn from.
         fit_head: start a head that is missing, or has another number of classes than the data, afresh, as a
-            student's; otherwise the head stays as it is.
+            student's, or leave it out where the data has none; otherwise the head stays as it is.
 
     Raises:
         FileNotFoundError: the weights do not exist.
@@ -116,7 +117,8 @@ def build(
     if entry["weights"] == RANDOM:
         arguments = _arguments(entry, num_classes)
         view = _view(arguments, dtype=dtype, bn_group=bn_group, rngs=rngs)
-        return Network(view, arguments, {"head": "random", "source": f"random weights, seed {seed}"})
+        head = "random" if num_classes else NO_HEAD
+        return Network(view, arguments, {"head": head, "source": f"random weights, seed {seed}"})
     stored = _load(entry)
     source, of_head = entry["weights"], stored.arguments["num_classes"]
     arguments = _arguments(entry, num_classes if fit_head else of_head)
@@ -130,8 +132,12 @@ def build(
             )
         weights, origin["head"] = _with_backbone(view.network, weights), "fresh"
     elif fit_head and (origin["head"] == "fresh" or of_head != num_classes):
-        weights = weights | _head(view.network, arguments["architecture"])
+        head = f"{find(arguments['architecture']).head}."
+        weights = {path: value for path, value in weights.items() if not path.startswith(head)}
+        weights |= _head(view.network, head)
         origin["head"] = "fresh"
+    if not arguments["num_classes"]:
+        origin["head"] = NO_HEAD
     store.set_weights(view.network, weights, source=source)
     return Network(view, arguments, origin, stored.usage)
 
@@ -297,6 +303,5 @@ def _view(
     return View(network, **{name: _said(name, arguments) for name in _OF_VIEW})
 
 
-def _head(network: nnx.Module, architecture: str) -> dict[str, Any]:
-    below = f"{find(architecture).head}."
+def _head(network: nnx.Module, below: str) -> dict[str, Any]:
     return {path: value for path, value in store.network_weights(network).items() if path.startswith(below)}

@@ -170,7 +170,7 @@ class DeepLab(nnx.Module):
 
     Args:
         backbone: makes a ResNet or a MobileNetV2, called as `Architecture.build`.
-        num_classes: the number of logits of a pixel.
+        num_classes: the number of logits of a pixel, at least 1.
         output_stride: of the backbone's last map, 16 or 8.
         aspp_dropout: whether half of the pyramid's map is dropped in training, as in training without a
             teacher; the published distillation leaves it out.
@@ -192,6 +192,11 @@ class DeepLab(nnx.Module):
         rngs: nnx.Rngs,
         **of_backbone: Any,
     ):
+        if num_classes < 1:
+            raise ValueError(
+                "DeepLabV3+ classifies pixels, and there are no classes (num_classes=0): take its backbone "
+                "alone to learn without labels, as resnet18"
+            )
         of_layers: dict[str, Any] = {"dtype": dtype, "bn_group": bn_group, "rngs": rngs}
         self.backbone = backbone(num_classes=None, output_stride=output_stride, **of_backbone, **of_layers)
         self.aspp = ASPP(self.backbone.out_features, output_stride=output_stride, **of_layers)

@@ -17,6 +17,7 @@ from tat_jax.fields import Field, one_of
 from tat_jax.networks.architecture import Architecture
 from tat_jax.networks.layers import BatchNorm, ConvNorm, at_least_float32, conv, he_normal, normal, relu6
 from tat_jax.networks.resnet import Maps, Where
+from tat_jax.networks.taps import show
 
 # Expansion, channels, blocks, and the stride of the first of them.
 _STAGES = (
@@ -97,7 +98,8 @@ class MobileNetV2(nnx.Module):
     """Classify images by inverted residuals, of width 1.
 
     Args:
-        num_classes: the number of logits; None is a network without a head, of which `stages` is called.
+        num_classes: the number of logits; 0 is a network without a head, which gives none, and None one of
+            which `stages` alone is called.
         output_stride: of the last block, 32; or 16 or 8, with dilations in the place of strides. A stage
             without its stride has the dilation that the stages before it have earned, so that of stride 16
             only the last block is dilated.
@@ -148,6 +150,7 @@ class MobileNetV2(nnx.Module):
         self.low_level_features, self.out_features = 24, channels
         if num_classes is not None:
             self.features.append(ConvNorm(channels, 1280, 1, **of_layers))
+        if num_classes:
             head = nnx.Linear(
                 1280,
                 num_classes,
@@ -164,8 +167,8 @@ class MobileNetV2(nnx.Module):
         *,
         train: bool = False,
         where: Where | None = None,
-    ) -> Float[Array, "batch classes"]:
-        """Return the logits of normalised images.
+    ) -> Float[Array, "batch classes"] | None:
+        """Return the logits of normalised images, and show what they are made of, the tap `pooled`.
 
         Args:
             images: normalised images.
@@ -175,6 +178,9 @@ class MobileNetV2(nnx.Module):
         x = self.stages(images, train=train, where=where)["layer4"]
         x = relu6(self.features[-1](x, train=train, where=where))
         pooled = reduce(x.astype(at_least_float32(x.dtype)), "b h w c -> b c", "mean")
+        show(self, pooled=pooled)
+        if not hasattr(self, "classifier"):
+            return None
         dropout, head = self.classifier
         return head(dropout(pooled.astype(self.dtype), deterministic=not train))
 

@@ -19,6 +19,7 @@ from tat_jax.fields import YES_OR_NO, Field, whole
 from tat_jax.networks.architecture import Architecture
 from tat_jax.networks.layers import BatchNorm, ConvNorm, at_least_float32, conv, torch_uniform, uniform
 from tat_jax.networks.stem import StemConv, max_pool
+from tat_jax.networks.taps import show
 
 Maps = Float[Array, "batch height width channels"]
 Where = Bool[Array, " batch"]
@@ -128,12 +129,13 @@ class Stage(nnx.List):
 
 
 class ResNet(nnx.Module):
-    """Classify images by four stages of residual blocks; what they return are the taps `layer1` … `layer4`.
+    """Classify images by four stages of residual blocks, whose maps are the taps `layer1` … `layer4`.
 
     Args:
         block: what the stages consist of.
         depths: blocks in each stage.
-        num_classes: the number of logits; None is a network without a head, of which `stages` is called.
+        num_classes: the number of logits; 0 is a network without a head, which gives none, and None one of
+            which `stages` alone is called.
         small_images: a 3×3 stem without stride and max-pool, for images of 64 pixels and less.
         width: channels of the first stage; each later stage has twice those of the one before.
         output_stride: of the last stage, 32; or 16 or 8, with dilations in the place of strides as DeepLab
@@ -176,7 +178,7 @@ class ResNet(nnx.Module):
         self.layer3 = stage(2 * features, 4 * width, strides[2], dilations=third)
         self.layer4 = stage(4 * features, 8 * width, strides[3], dilations=last)
         self.low_level_features, self.out_features = features, 8 * features
-        if num_classes is not None:
+        if num_classes:
             self.fc = nnx.Linear(
                 self.out_features,
                 num_classes,
@@ -193,8 +195,8 @@ class ResNet(nnx.Module):
         *,
         train: bool = False,
         where: Where | None = None,
-    ) -> Float[Array, "batch classes"]:
-        """Return the logits of normalised images.
+    ) -> Float[Array, "batch classes"] | None:
+        """Return the logits of normalised images, and show what they are made of, the tap `pooled`.
 
         Args:
             images: normalised images.
@@ -203,7 +205,8 @@ class ResNet(nnx.Module):
         """
         x = self.stages(images, train=train, where=where)["layer4"]
         pooled = reduce(x.astype(at_least_float32(x.dtype)), "b h w c -> b c", "mean")
-        return self.fc(pooled.astype(self.dtype))
+        show(self, pooled=pooled)
+        return self.fc(pooled.astype(self.dtype)) if hasattr(self, "fc") else None
 
     def stages(
         self, images: Float[Array, "batch height width 3"], *, train: bool, where: Where | None
