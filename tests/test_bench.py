@@ -25,6 +25,14 @@ def test_the_loss_is_compared_at_once_and_beside_pytorch_and_written_as_json(tmp
     assert rows[2]["name"] in capsys.readouterr().out
 
 
+def test_a_teacher_that_asks_is_compared_with_resizing_first(monkeypatch):
+    monkeypatch.setattr(sidebyside, "_PAUSE", 0)
+    memory, time_ = loss.measure_two_grids(2, 3, (4, 8), images=2)
+    assert (memory.unit, time_.unit, time_.bound) == ("MiB", "ms", 1.0)
+    assert "2×2×4 under 3×3×8 tokens" in time_.name
+    assert memory.ours < memory.rival
+
+
 @pytest.mark.parametrize("option", ["--json=none/rows.json", "--json=.", "--plot=none/a.png"])
 def test_a_file_that_cannot_be_is_refused_before_anything_is_measured(option, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["proofs.bench.growth", option])

@@ -1,24 +1,30 @@
 """The TaT loss with its gradients by query, key and value: ours, all scores at once, and PyTorch's.
 
 `python -m proofs.bench.loss [--json FILE]`. One image; memory is what the compiled program needs besides
-arguments and results.
+arguments and results. The last rows are of 16 images and the whole loss, embeddings included: a student of
+7×7 positions under 16×16 tokens that ask, beside its map resized to theirs first.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 from einops import rearrange
+from flax import nnx
 from torch.nn import functional
 
 from proofs.bench.sidebyside import Row, compare_bytes, compare_times, main
 from proofs.report import announce
 from proofs.torch_step import attend
+from tat_jax.batch import Batch
 from tat_jax.losses import target_aware_attention, tat_loss
+from tat_jax.losses.adapt import resize
+from tat_jax.losses.tat import TargetAwareTransformer
+from tat_jax.networks.view import Outputs
 
 SIDES = (7, 32, 64, 129)  # 49, 1,024, 4,096 and 16,641 positions
 # Scores, weights and their gradients beyond this are not computed at once.
@@ -35,7 +41,7 @@ def measure() -> list[Row]:
             for heads in (1, 8):
                 for dtype in ("float32", "bfloat16"):
                     rows += measure_one(side, channels, heads, dtype)
-    return rows
+    return rows + measure_two_grids(7, 16, (512, 768), images=16)
 
 
 def measure_one(side: int, channels: int, heads: int, dtype: str) -> list[Row]:
@@ -64,6 +70,50 @@ def measure_one(side: int, channels: int, heads: int, dtype: str) -> list[Row]:
             ),
         ]
     return rows
+
+
+def measure_two_grids(side: int, teacher_side: int, channels: tuple[int, int], *, images: int) -> list[Row]:
+    """Compare tokens of a teacher that ask a map of the student's with that map resized to their grid."""
+    what = f"{side}×{side}×{channels[0]} under {teacher_side}×{teacher_side}×{channels[1]} tokens"
+    announce(what)
+    rng = np.random.default_rng(0)
+    student = jnp.asarray(rng.normal(size=(images, side, side, channels[0])), jnp.float32)
+    teacher = jnp.asarray(rng.normal(size=(images, teacher_side**2, channels[1])), jnp.float32)
+    asked = _compile_taps(student, teacher, "teacher", None)
+    resized = _compile_taps(student, teacher, "student", (teacher_side, teacher_side))
+    bytes_of = [step.memory_analysis().temp_size_in_bytes for step, _ in (asked, resized)]
+    return [
+        compare_bytes(f"memory beside resizing first, {what}", *bytes_of, bound=None),
+        compare_times(
+            f"time beside resizing first, {what}",
+            functools.partial(_run, *asked, student, teacher),
+            functools.partial(_run, *resized, student, teacher),
+            bound=1.0,
+        ),
+    ]
+
+
+def _compile_taps(
+    student: jax.Array, teacher: jax.Array, asks: Literal["student", "teacher"], grid: tuple[int, int] | None
+) -> tuple[Any, nnx.State]:
+    """Compile the loss of two taps with its gradients by the embeddings and the student's map."""
+    module = TargetAwareTransformer(
+        student.shape[-1], teacher.shape[-1], asks=asks, scale="1/sqrt(d)", rngs=nnx.Rngs(0)
+    )
+    graph, state = nnx.split(module)
+    batch = Batch(jnp.zeros((len(student), 1, 1, 3)), None, jnp.ones(len(student), bool))
+
+    def loss(state: nnx.State, student: jax.Array, teacher: jax.Array) -> jax.Array:
+        ours = resize(student, grid) if grid else student
+        told, outputs = (Outputs(None, {"layer4": tap}) for tap in (teacher, ours))
+        return jnp.mean(nnx.merge(graph, state, copy=True)(outputs, told, batch))
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(state, student, teacher)
+    return step.compile(), state
+
+
+def _run(step: Any, *arguments: Any) -> None:
+    jax.block_until_ready(step(*arguments))
 
 
 def draw_maps(shape: tuple[int, int, int, int]) -> list[np.ndarray]:

@@ -327,10 +327,9 @@ class TargetAwareTransformer(Loss):
                 "the student's and the teacher's tap differ in [batch, positions]: "
                 f"{of_student.shape[:-1]} and {of_teacher.shape[:-1]}"
             )
-        taps = query, key, value, target
         if query.ndim != target.ndim:  # a map and tokens, which are its positions row by row
-            taps = tuple(map(as_tokens, taps))
-        return reconstruction_errors(*taps, heads=self.heads, scale=self.scale)
+            query, key, value, target = map(as_tokens, (query, key, value, target))
+        return reconstruction_errors(query, key, value, target, heads=self.heads, scale=self.scale)
 
     def _normalize(self, of_teacher: Places, *, train: bool, where: Where) -> Places:
         """Return what is rebuilt, in the tap's type as activations are."""
