@@ -10,6 +10,7 @@ from proofs.fidelity import (
     pixels,
     segmentation_steps,
     trajectories,
+    vision_transformers,
     weights,
 )
 from proofs.fidelity.claim import Claim
@@ -71,6 +72,17 @@ def test_boxes_of_another_distribution_are_told_apart(monkeypatch):
 
 def test_converted_networks_are_pytorchs():
     assert broken(weights.claims(photographs(None, 4), None)) == []
+
+
+def test_transformers_are_timms_and_hugging_faces():
+    claims = vision_transformers.claims(
+        vision_transformers.SMALL,
+        of_timm=["vit_small_patch14_dinov2", "vit_small_patch16_dinov3"],
+        of_hugging_face=["vit_small_patch16_224", "vit_small_patch14_reg4_dinov2"],
+        dtypes=["float64"],
+    )
+    assert len(claims) == 7
+    assert broken(claims) == []
 
 
 def test_a_broken_claim_is_named_and_nan_never_holds():

@@ -20,6 +20,7 @@ from proofs.fidelity import (
     segmentation,
     segmentation_steps,
     trajectories,
+    vision_transformers,
     weights,
 )
 from proofs.photographs import add_photos
@@ -39,6 +40,7 @@ PARTS: Mapping[str, Part] = {
     "pixels": lambda chosen: pixels.claims(chosen.photos),
     "weights": lambda chosen: weights.claims(chosen.photos, chosen.weights),
     "counts": lambda _: counts.claims(),
+    "vision_transformers": lambda _: vision_transformers.claims(),
 }
 
 
