@@ -11,6 +11,7 @@ from proofs.fidelity import (
     pixels,
     segmentation_steps,
     trajectories,
+    vision_transformers,
     weights,
 )
 from proofs.fidelity.claim import Claim
@@ -83,6 +84,17 @@ def test_convnexts_of_other_libraries_are_ours(monkeypatch):
     claims = convnext.claims(narrow, [(70, 33)])
     assert len(claims) == 4 * (2 + 2)
     assert broken(claims + convnext.published()) == []
+
+
+def test_transformers_are_timms_and_hugging_faces():
+    claims = vision_transformers.claims(
+        vision_transformers.SMALL,
+        of_timm=["vit_small_patch14_dinov2", "vit_small_patch16_dinov3"],
+        of_hugging_face=["vit_small_patch16_224", "vit_small_patch14_reg4_dinov2"],
+        dtypes=["float64"],
+    )
+    assert len(claims) == 7
+    assert broken(claims) == []
 
 
 def test_a_broken_claim_is_named_and_nan_never_holds():

@@ -115,7 +115,9 @@ def changes(config: ConfigDict, folder: Place, fields: Fields) -> list[str]:
     refused: list[str] = []
     for name in sorted(old.keys() | now.keys()):
         field = find(fields, name)
-        before, after = (values.get(name, _unsaid(field)) for values in (old, now))
+        before, after = (
+            values[name] if name in values else _unsaid(name, field, values) for values in (old, now)
+        )
         if before != after:
             keep = f"; --config.{name}={before} keeps it" if field and field.none_is else ""
             line = f"{name}: {before} there, {after} now{keep}"
@@ -142,8 +144,12 @@ def _flat(values: Mapping[str, Any], fields: Fields, prefix: str = "") -> dict[s
     return flat
 
 
-def _unsaid(field: Field | None) -> Any:
+def _unsaid(name: str, field: Field | None, values: Mapping[str, Any]) -> Any:
     """Return, as JSON has it, the value of a field that a config lacks: it came later, or is optional."""
+    if field and field.none_is and isinstance(field.default, type):
+        above = name.removesuffix(name.rpartition(".")[2])
+        beside = {path.removeprefix(above): v for path, v in values.items() if path.startswith(above)}
+        return field.none_is(beside)
     if field is None or isinstance(field.default, type):
         return None
     return json.loads(json.dumps(field.default))

@@ -34,6 +34,7 @@ NAMES = sorted(flatten_dict(base.base().to_dict(), sep="."))
 TEXT = {"weights", "root", "sbd_root", "tfds_name", "student_tap", "teacher_tap"}
 NONE = {"bn_group", "clip_norm", "labels_per_class", "image_size", "student_tap", "teacher_tap"}
 NONE |= {"classes", "eval_resize", "grey_range", "processes", "sbd_root", "target_norm"}
+NONE |= {"mean", "std", "depth", "embed_dim", "position_grid", "stage_depth", "stem_width"}
 # Where 0 means something.
 ZERO = {"seed", "steps_left_out", "checkpoint_minutes", "weight", "embedding_kernel", "weight_decay"}
 ZERO |= {

@@ -23,7 +23,7 @@ from tat_jax.step import CPU_OPTIONS
 
 SIZE, CLASSES = 224, 1000
 # By the names that they have here and in timm.
-BATCHES: Mapping[str, int] = {"convnext_tiny": 8, "resnet18": 16}
+BATCHES: Mapping[str, int] = {"vit_small_patch16_224": 16, "convnext_tiny": 8, "resnet18": 16}
 
 
 def measure(names: Sequence[str]) -> list[Row]:

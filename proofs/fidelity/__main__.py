@@ -21,6 +21,7 @@ from proofs.fidelity import (
     segmentation,
     segmentation_steps,
     trajectories,
+    vision_transformers,
     weights,
 )
 from proofs.photographs import add_photos
@@ -41,6 +42,7 @@ PARTS: Mapping[str, Part] = {
     "weights": lambda chosen: weights.claims(chosen.photos, chosen.weights),
     "convnext": lambda _: convnext.claims() + convnext.parameters() + convnext.published(),
     "counts": lambda _: counts.claims(),
+    "vision_transformers": lambda _: vision_transformers.claims(),
 }
 
 
