@@ -10,17 +10,32 @@ Labels = Integer[Array | np.ndarray, " batch"] | Integer[Array | np.ndarray, "ba
 Where = Bool[Array | np.ndarray, " batch"]
 
 
+class MixedLabels(NamedTuple):
+    """The labels of images that were mixed from two each, see `mixing`.
+
+    Attributes:
+        first: of the image itself.
+        second: of the one that it was mixed with.
+        share: of the first in the label, from 0 to 1; that of the second is the rest.
+    """
+
+    first: Labels
+    second: Labels
+    share: Float[Array | np.ndarray, " batch"]
+
+
 class Batch(NamedTuple):
     """Images, their labels if there are any, and which rows count: padding and unreadable files do not.
 
     Attributes:
         image: pixels in uint8; or in floating point, normalised already.
-        label: an integer or a map of integers for each image; None where images have no labels.
+        label: an integer or a map of integers for each image; None where images have no labels. Where a
+            training mixes its images, `MixedLabels`.
         where: the rows that count.
     """
 
     image: Images
-    label: Labels | None
+    label: Labels | MixedLabels | None
     where: Where
 
     def __getitem__(self, key: Any) -> Any:

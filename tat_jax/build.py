@@ -16,6 +16,7 @@ from tat_jax import distill, networks, optim, sharding
 from tat_jax.distill import Distillation, Recipe, TrainState
 from tat_jax.losses import Own, Term, own_terms, terms_of
 from tat_jax.losses.loss import Loss
+from tat_jax.mixing import Mixing
 from tat_jax.networks import Network, OwnNetwork
 from tat_jax.networks.precision import narrow
 from tat_jax.networks.view import Outputs, OutputShapes, watch
@@ -78,6 +79,7 @@ def build(
     terms = all_terms(config, losses)
     if not num_classes:
         _check_labels(terms)
+    mixing = _mixing(config, terms)
     learner = build_student(config, num_classes, student)
     master = build_teacher(config, num_classes, teacher, terms)
     if master:
@@ -97,8 +99,10 @@ def build(
         learning_rate=learning_rate,
         leave_out_not_finite=config.steps_left_out > 0,
         teacher_in_training=config.teacher_mode == "train",
+        mixing=mixing,
+        ema_decay=config.ema_decay,
     )
-    state = distill.init_state(distillation, optimizer)
+    state = distill.init_state(distillation, optimizer, with_ema=config.ema_decay is not None)
     return Built(
         recipe,
         sharding.put_whole(state, mesh, what="the student's weights"),
@@ -234,6 +238,26 @@ def _check_logits(
 
 def _is_comparable(teacher: Network, num_classes: int, classes: Sequence[str] | None) -> bool:
     return teacher.origin["head"] != "fresh" and not other_classes(teacher, num_classes, classes)
+
+
+def _mixing(config: ConfigDict, terms: Sequence[Term]) -> Mixing | None:
+    """Return how images are mixed; None where they are not.
+
+    Raises:
+        ValueError: a term of the loss reads one label for each image, or a batch has but one.
+    """
+    if not (config.mixup or config.cutmix):
+        return None
+    said = " and ".join(f"{name}={config[name]:g}" for name in ("mixup", "cutmix") if config[name])
+    for term in terms:
+        if term.loss.needs_labels and not term.loss.takes_mixed_labels:
+            raise ValueError(
+                f"{said}: {term.name} reads one label for each image, and mixed images have two; set both to "
+                "0, or its weight"
+            )
+    if config.batch_size == 1:
+        raise ValueError(f"{said}: a batch of one image has nothing to mix it with; take a larger batch_size")
+    return Mixing(config.mixup, config.cutmix, config.seed)
 
 
 def _check_accumulation(config: ConfigDict, steps_per_epoch: int) -> None:

@@ -1,8 +1,9 @@
 """The checkpoints of a run, through Orbax.
 
 A checkpoint is a folder of items. `student` and `network` are the student as any network on disk, see
-`weights.store`. `training` (optimiser, what the losses hold, step) and `data` (the position in data and log)
-let a run continue. A teacher is never saved. `data` holds the SHA-256 of the arrays of `training`.
+`weights.store`, and `student_ema` its moving average, where one is kept. `training` (optimiser, what the
+losses hold, step) and `data` (the position in data and log) let a run continue. A teacher is never saved.
+`data` holds the SHA-256 of the arrays of `training`.
 """
 
 import contextlib
@@ -24,9 +25,11 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from tat_jax import checkpoint_layout
 from tat_jax.distill import TrainState
+from tat_jax.ema import student_of
 from tat_jax.weights import folders
 from tat_jax.weights.orbax_quiet import abandoned_unheard, reason, try_to_read
 from tat_jax.weights.store import (
+    EMA,
     StoredNetwork,
     Weights,
     check_digest,
@@ -69,6 +72,8 @@ def read_provenance(run: Path) -> dict[str, Any]:
 class RunCheckpoints:
     """The checkpoints of one training run: the two latest, and the one whose evaluation was best.
 
+    Where a moving average is kept beside the student, the one of its best evaluation, too.
+
     Saving is asynchronous: it returns when the arrays are copied, and a checkpoint counts once it is whole.
     What a kill leaves half-written is never read, and removed when the next one is saved.
 
@@ -98,7 +103,10 @@ class RunCheckpoints:
                     # Two, so that there is another one where the latest turns out to be damaged.
                     [
                         LatestN(2),
-                        BestN(n=1, get_metric_fn=folders.first, keep_checkpoints_without_metrics=False),
+                        *(
+                            BestN(n=1, get_metric_fn=measure, keep_checkpoints_without_metrics=False)
+                            for measure in (folders.first, folders.first_of_ema)
+                        ),
                     ]
                 ),
                 cleanup_tmp_directories=True,
@@ -148,9 +156,10 @@ class RunCheckpoints:
         if not self._writes:
             return
         step = int(state.step)
+        ema = None if state.ema is None else _of_student(state.ema)
         student, training = _student(state), _training(state)
-        if not self._is_shared:
-            student, training = jax.device_get((student, training))  # whole, and without the others
+        if not self._is_shared:  # whole, and without the others
+            student, ema, training = jax.device_get((student, ema, training))
         head = "none" if arguments.get("num_classes") == 0 else "trained"
         origin = {"head": head, "source": f"step {step}"}
         said = {
@@ -166,7 +175,7 @@ class RunCheckpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    **network_items(StoredNetwork(student, arguments, origin, usage)),
+                    **network_items(StoredNetwork(student, arguments, origin, usage), ema),
                     training=ocp.args.StandardSave(training),
                     data=ocp.args.JsonSave(seal(said)),
                 ),
@@ -199,11 +208,13 @@ class RunCheckpoints:
         )
 
     def drop_training(self) -> None:
-        """Keep of a finished run the last and the best network alone, a quarter of what it took."""
+        """Keep of a finished run the last and the best networks alone, a quarter of what it took."""
         if not self._writes:
             return
         self._manager.wait_until_finished()
         kept = {folders.last(self._run), folders.best(self._run)}
+        if (folders.last(self._run) / EMA).is_dir():
+            kept.add(folders.best_ema(self._run).parent)
         for step in folders.steps(self._run):
             folder = folders.checkpoints(self._run) / str(step)
             if folder not in kept:
@@ -288,6 +299,8 @@ def _read_training(folder: Path, like: TrainState) -> tuple[TrainState, dict[str
             folder.absolute() / "student", jax.tree.map(ocp.utils.to_shape_dtype_struct, _student(like))
         )
         check_digest(student, of_student["arrays"])
+        if like.ema is not None:
+            like = like._replace(ema=_read_ema(checkpointer, folder, like.ema, of_student["arrays_of_ema"]))
         if said.get("training") == "dropped":
             state = _with_student(like, student, _training(like)["embeddings"])
             step = jnp.full_like(like.step, int(folder.name))
@@ -302,6 +315,15 @@ def _read_training(folder: Path, like: TrainState) -> tuple[TrainState, dict[str
     return state._replace(step=training["step"], opt_state=training["opt_state"]), said["position"], True
 
 
+def _read_ema(
+    checkpointer: ocp.StandardCheckpointer, folder: Path, like: nnx.State, expected: str
+) -> nnx.State:
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _of_student(like))
+    ema = checkpointer.restore(folder.absolute() / EMA, abstract)
+    check_digest(ema, expected)
+    return unflatten({f"{_STUDENT}{path}": value for path, value in ema.items()}, like)
+
+
 def _with_student(state: TrainState, student: Weights, others: Weights) -> TrainState:
     """Return a state with the arrays of a student, and of all else that is trained."""
     trained = {f"{_STUDENT}{path}": value for path, value in student.items()} | others
@@ -311,11 +333,11 @@ def _with_student(state: TrainState, student: Weights, others: Weights) -> Train
 
 def _student(state: TrainState) -> Weights:
     """Return parameters and running statistics of the student under its own names."""
-    statistics = nnx.filter_state(state.variables, nnx.BatchStat)
-    trained = flatten(state.params) | flatten(statistics)
-    return {
-        path.removeprefix(_STUDENT): value for path, value in trained.items() if path.startswith(_STUDENT)
-    }
+    return _of_student(student_of(state.params, state.variables))
+
+
+def _of_student(state: nnx.State) -> Weights:
+    return {path.removeprefix(_STUDENT): value for path, value in flatten(state).items()}
 
 
 def _training(state: TrainState) -> dict[str, Any]:

@@ -33,7 +33,8 @@ _MODE = flags.DEFINE_enum(
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     "best",
-    "What --mode eval and predict take: best or last of the run, or a folder of weights.",
+    "What --mode eval and predict take: best or last of the run, best_ema or last_ema of its moving average, "
+    "or a folder of weights.",
 )
 _IMAGES = flags.DEFINE_string("images", None, "The folder of images that --mode predict predicts.")
 _OUT = flags.DEFINE_string("out", None, "The folder where --mode predict writes: a table, or label maps.")
@@ -250,7 +251,8 @@ def _checkpoint() -> str:
     place = buckets.place(paths.expand(which)) if which else None
     if place is None or (isinstance(place, Path) and not place.exists()):
         raise ValueError(
-            f"--checkpoint={which}: there is no such folder; best, last, weights or a run is taken"
+            f"--checkpoint={which}: there is no such folder; {', '.join(folders.CHOICES)}, weights or a run "
+            "is taken"
         )
     return str(place)
 
@@ -262,9 +264,7 @@ def _run_of(folder: Place) -> Place:
     if _MODE.value not in _OF_NETWORKS or _WORKDIR.value is not None or _checkpoint() in folders.CHOICES:
         return folder
     place = buckets.place(_checkpoint())
-    if isinstance(place, Path) and place.absolute().parent.name == "checkpoints":
-        return place.absolute().parents[1]
-    return place
+    return place if isinstance(place, Bucket) else folders.run_of(place)
 
 
 def _check_may_be_demo(folder: Place, *, besides: str) -> None:

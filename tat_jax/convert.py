@@ -62,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         "--student", metavar="FILE.py:FUNCTION", help="builds RUN's student, if it is your own"
     )
     parser.add_argument(
-        "--checkpoint", choices=["best", "last"], help="of RUN, to export; the best if not said"
+        "--checkpoint",
+        choices=["best", "last", "best_ema", "last_ema"],
+        help="of RUN, to export, its student or the moving average of it; the best if not said",
     )
     return parser
 

@@ -13,8 +13,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from tat_jax import ema
 from tat_jax.batch import Batch, Where
 from tat_jax.losses.loss import Loss
+from tat_jax.mixing import Mixing, mix
 from tat_jax.networks.view import Outputs, View
 from tat_jax.tasks.task import Task
 
@@ -42,6 +44,8 @@ class Recipe(NamedTuple):
         learning_rate: its rate by step, to be reported.
         leave_out_not_finite: whether a step whose loss or gradient is not finite changes nothing.
         teacher_in_training: whether the teacher takes the batch's statistics and drops out, as in training.
+        mixing: how images are mixed before both networks see them; None leaves them as they are.
+        ema_decay: of the moving average of the student that is kept beside it; None keeps none.
     """
 
     distillation: nnx.GraphDef
@@ -53,6 +57,8 @@ class Recipe(NamedTuple):
     learning_rate: optax.Schedule
     leave_out_not_finite: bool = False
     teacher_in_training: bool = False
+    mixing: Mixing | None = None
+    ema_decay: float | None = None
 
 
 class TrainState(NamedTuple):
@@ -63,18 +69,36 @@ class TrainState(NamedTuple):
         params: parameters of the `Distillation`.
         variables: all else that it holds: running statistics, memories, random streams.
         opt_state: the optimiser's moments.
+        ema: the moving average of the student's parameters and running statistics; None where none is kept.
     """
 
     step: Int[Array, ""]
     params: nnx.State
     variables: nnx.State
     opt_state: Any
+    ema: nnx.State | None = None
 
 
-def init_state(distillation: Distillation, optimizer: optax.GradientTransformation) -> TrainState:
-    """Return the state before the first step."""
+def init_state(
+    distillation: Distillation, optimizer: optax.GradientTransformation, *, with_ema: bool = False
+) -> TrainState:
+    """Return the state before the first step, in which the moving average, if any, is the student."""
     params, variables = nnx.state(distillation, nnx.Param, ...)
-    return TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.init(params))
+    # In memory of its own: a step takes that of the state that it is given, each array's once.
+    average = jax.tree.map(jnp.copy, ema.student_of(params, variables)) if with_ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.init(params), average)
+
+
+def student_views(recipe: Recipe, state: TrainState) -> dict[str, tuple[nnx.GraphDef, nnx.State]]:
+    """Return the structure and the arrays of the student's view; beside it as `ema` those of its average."""
+
+    def view(average: nnx.State | None) -> tuple[nnx.GraphDef, nnx.State]:
+        model = nnx.merge(recipe.distillation, state.params, state.variables, copy=True)
+        if average is not None:
+            nnx.update(model, average)
+        return nnx.split(model.student)
+
+    return {"": view(None)} | ({} if state.ema is None else {"ema": view(state.ema)})
 
 
 def train_step(
@@ -88,6 +112,8 @@ def train_step(
     Returns:
         The next state and the measurements of this batch, before the update.
     """
+    if recipe.mixing:
+        batch = mix(recipe.mixing, state.step, batch)
     told = jax.lax.stop_gradient(_teach(recipe, state.step, teacher, batch))
     weights = {name: w(state.step) if callable(w) else w for name, w in recipe.weights.items()}
 
@@ -108,7 +134,10 @@ def train_step(
     metrics["learning_rate"] = jnp.asarray(recipe.learning_rate(state.step))
     metrics |= {f"{name}_weight": weights[name] for name, w in recipe.weights.items() if callable(w)}
     metrics |= recipe.task.measure(outputs, batch, told if recipe.teacher_has_head else None)
-    after = TrainState(state.step + 1, params, variables, opt_state)
+    average = state.ema
+    if recipe.ema_decay is not None and average is not None:
+        average = ema.follow(recipe.ema_decay, average, ema.student_of(params, variables), opt_state)
+    after = TrainState(state.step + 1, params, variables, opt_state, average)
     if recipe.leave_out_not_finite:
         finite = jnp.isfinite(loss) & jnp.isfinite(metrics["gradient_norm"])
         unchanged = state._replace(step=after.step)

@@ -39,13 +39,28 @@ class Evaluation(NamedTuple):
     skipped: int
     confusion: np.ndarray | None = None
 
+    def with_ema(self, ema: "Evaluation") -> "Evaluation":
+        """Return it with the measures of the student's moving average beside its own, as `ema_top1`."""
+        further = {f"{folders.OF_EMA}{name}": value for name, value in ema.measures.items()}
+        return self._replace(measures=self.measures | further)
+
     def __str__(self) -> str:
         skipped = f" ({self.skipped} unreadable skipped)" if self.skipped else ""
-        return f"{self.task.describe(self.measures)}  on {self.images:,} images{skipped}"
+        return f"{describe(self.task, self.measures)}  on {self.images:,} images{skipped}"
 
     def report(self) -> str:
         """Return all of it in lines."""
         return "\n".join(filter(None, (str(self), self.task.table({"": self.measures}))))
+
+
+def describe(task: Task, measures: Mapping[str, float]) -> str:
+    """Return the measures of a line, and where there are any those of the moving average."""
+    of_ema = {
+        name.removeprefix(folders.OF_EMA): measures[name]
+        for name in measures
+        if name.startswith(folders.OF_EMA)
+    }
+    return task.describe(measures) + (f"  EMA {task.describe(of_ema)}" if of_ema else "")
 
 
 class Stopped(Exception):
@@ -60,7 +75,8 @@ def run(
     Args:
         config: names the task, the data, the batch size and the compute type.
         folder: a run, on this machine or in a bucket.
-        which: "best" or "last" of its checkpoints, or a folder of weights or another run instead, wherever.
+        which: "best" or "last" of its checkpoints, "best_ema" or "last_ema" of their moving averages, or a
+            folder of weights or another run instead, wherever.
         student: a network of your own, as in `train.run`, where the folder holds weights of one.
 
     Raises:

@@ -7,7 +7,20 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from tat_jax import data, losses, networks, optim, tasks
-from tat_jax.fields import NOT_NEGATIVE, Field, Fields, idle, one_of, or_none, whole, wrong
+from tat_jax.fields import (
+    NOT_NEGATIVE,
+    Field,
+    Fields,
+    Rule,
+    idle,
+    is_number,
+    one_of,
+    or_none,
+    whole,
+    wrong,
+)
+
+_DECAY = Rule("a number between 0 and 1, neither of them", lambda value: is_number(value) and 0 < value < 1)
 
 FIELDS: Fields = {
     "task": tasks.FIELD,
@@ -21,6 +34,24 @@ FIELDS: Fields = {
         "of activations; parameters, statistics and losses stay float32 at least",
     ),
     "bn_group": Field(int, or_none(whole(1)), "images over which BatchNorm's statistics go; None: the batch"),
+    "mixup": Field(
+        0.0,
+        NOT_NEGATIVE,
+        "α, with which images are mixed, λ ~ Beta(α, α) for each batch, the same for both networks; 0: not",
+        may_change=True,
+    ),
+    "cutmix": Field(
+        0.0,
+        NOT_NEGATIVE,
+        "α, with which boxes are exchanged likewise; beside mixup, one of the two for each batch; 0: not",
+        may_change=True,
+    ),
+    "ema_decay": Field(
+        float,
+        or_none(_DECAY),
+        "of the student's moving average, evaluated and saved beside it, as 0.9999; None: there is none",
+        may_change=lambda before, after: None not in (before, after),
+    ),
     "eval_every": Field(1, whole(1), "epochs from one evaluation to the next", may_change=True),
     "log_every": Field(50, whole(1), "steps a row of the log", may_change=True),
     "steps_left_out": Field(

@@ -41,7 +41,7 @@ def export(
     Args:
         run: the folder of either, on this machine or in a bucket.
         path: the file, which must not exist.
-        checkpoint: "best" or "last", and only of a run; the best one if None.
+        checkpoint: "best", "last", "best_ema" or "last_ema", and only of a run; the best one if None.
         student: a network of your own, as in `train.run`, where the folder holds weights of one.
 
     Raises:

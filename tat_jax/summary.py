@@ -10,6 +10,7 @@ from tat_jax import experiment
 from tat_jax.build import Built
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.source import notes
+from tat_jax.evaluate import describe
 from tat_jax.quantities import count
 from tat_jax.tasks import TASKS
 
@@ -62,6 +63,6 @@ def report(config: ConfigDict, evaluations: Mapping[str, Mapping[str, Any]]) -> 
         for which, row in evaluations.items()
     }
     for which, row in evaluations.items():
-        lines.append(f"{which:4}  epoch {row['epoch']:3}  {task.describe(measures[which])}")
+        lines.append(f"{which:4}  epoch {row['epoch']:3}  {describe(task, measures[which])}")
     table = task.table(measures)
     return "\n".join([*lines, *([table] if table else [])])

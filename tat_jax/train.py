@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -18,7 +17,7 @@ from tat_jax.build import Built, build
 from tat_jax.checkpoints import Restored, RunCheckpoints, read_provenance
 from tat_jax.data.pipeline import Pipeline, check_same, open_pipeline
 from tat_jax.data.source import class_names, some
-from tat_jax.distill import Recipe, TrainState
+from tat_jax.distill import student_views
 from tat_jax.evaluate import Evaluation, Stopped, evaluate
 from tat_jax.gallery import Gallery
 from tat_jax.losses import Own
@@ -243,14 +242,18 @@ class _Training:
         self._signals.listen()  # of a run that continues with its evaluation
         self._log.flush()
         try:
-            return evaluate(
-                *_view(self._built.recipe, self._state),
-                self._built.recipe.task,
-                self._eval_data,
-                self._mesh,
-                show=self._show,
-                stop_signal=lambda: self._wishes()[0],
-            )
+            found = {
+                name: evaluate(
+                    *view,
+                    self._built.recipe.task,
+                    self._eval_data,
+                    self._mesh,
+                    show=self._show,
+                    stop_signal=lambda: self._wishes()[0],
+                )
+                for name, view in student_views(self._built.recipe, self._state).items()
+            }
+            return found[""].with_ema(found["ema"]) if "ema" in found else found[""]
         except Stopped as stopped:
             self._save()
             raise self._interrupted(*stopped.args) from None
@@ -267,7 +270,7 @@ class _Training:
                 self._bar.write(f"  {skipped} unreadable training images skipped")
         self._save(evaluation.measures)
         # After the save, which a picture that cannot be drawn must not cost.
-        self._gallery.draw(*_view(self._built.recipe, self._state))
+        self._gallery.draw(*student_views(self._built.recipe, self._state)[""])
         if self.is_done():
             self._gallery.draw_confusion(evaluation)
 
@@ -339,8 +342,3 @@ class _Training:
                 *summarize(self._config, self._built, self._data, self._eval_data, self._mesh),
             ]
         )
-
-
-def _view(recipe: Recipe, state: TrainState) -> tuple[nnx.GraphDef, nnx.State]:
-    """Return the structure and the arrays of the student's view."""
-    return nnx.split(nnx.merge(recipe.distillation, state.params, state.variables).student)

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from tat_jax import distill
+from tat_jax import distill, ema
 from tat_jax.checkpoints import RunCheckpoints
 from tat_jax.distill import Distillation
 from tat_jax.losses.loss import Loss
@@ -135,6 +135,43 @@ def test_what_is_saved_comes_back_to_the_bit_random_streams_included(tmp_path, s
     restored = restore(tmp_path, other(state))
     assert_same(restored.state, state)
     assert restored.position == {"epoch": 1}
+
+
+def averaged(step, measures, folder):
+    """Save a state with an average of its student, whose numbers are others."""
+    state = state_of(Tiny(2, rngs=nnx.Rngs(0)), step)
+    average = jax.tree.map(lambda x: x + 1, ema.student_of(state.params, state.variables))
+    save(folder, state._replace(ema=average), measures)
+    return state._replace(ema=average)
+
+
+def test_the_average_of_the_best_evaluation_of_averages_is_kept_when_the_rest_is_dropped(tmp_path):
+    of_steps = ((0.1, 0.1), (0.2, 0.9), (0.9, 0.2), (0.3, 0.3), (0.4, 0.4))
+    for step, (top1, of_ema) in enumerate(of_steps):
+        state = averaged(step, {"top1": top1, "ema_top1": of_ema}, tmp_path)
+    assert folders.steps(tmp_path) == [1, 2, 3, 4]
+    assert (folders.best(tmp_path).name, folders.best_ema(tmp_path).parent.name) == ("2", "1")
+    assert folders.last_ema(tmp_path) == tmp_path / "checkpoints" / "4" / "student_ema"
+    assert_same(restore(tmp_path, other(state)).state, state)
+    with RunCheckpoints(tmp_path) as checkpoints:
+        checkpoints.drop_training()
+    assert folders.steps(tmp_path) == [1, 2, 4]
+    average = store.load_network(folders.best_ema(tmp_path)).weights
+    np.testing.assert_array_equal(average["conv1.kernel"], state.ema.student.network.conv1.kernel)
+
+
+def test_a_damaged_average_is_seen_and_the_checkpoint_before_it_is_taken(tmp_path):
+    for step in (1, 2):
+        state = averaged(step, None, tmp_path)
+    files = [path for path in folders.last_ema(tmp_path).rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot read the network in .*student_ema"):
+        store.load_network(folders.last_ema(tmp_path))
+    restored = restore(tmp_path, other(state))
+    assert (int(restored.state.step), len(restored.set_aside)) == (1, 1)
 
 
 def test_where_no_disk_is_shared_what_the_first_process_saves_alone_comes_back_to_the_bit(tmp_path):

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from tat_jax import distill, sharding
+from tat_jax import distill, ema, sharding
 from tat_jax.batch import Batch
 from tat_jax.build import all_terms, build_teacher
 from tat_jax.configs import r18_r34
@@ -19,6 +19,7 @@ from tat_jax.losses.labels import CrossEntropy
 from tat_jax.losses.logits import KD
 from tat_jax.losses.loss import Loss
 from tat_jax.losses.tat import TargetAwareTransformer
+from tat_jax.mixing import Mixing, mix
 from tat_jax.networks.layers import BatchNorm
 from tat_jax.networks.view import View
 from tat_jax.tasks.classification import Classification
@@ -284,6 +285,92 @@ def test_a_weight_that_is_a_function_of_the_step_is_taken_at_each_step_and_repor
         total = metrics["cross_entropy"] + expected * metrics["kd"]
         assert float(metrics["loss"]) == pytest.approx(float(total), rel=1e-6)
         assert "cross_entropy_weight" not in metrics
+
+
+def test_both_networks_and_every_loss_see_the_images_that_were_mixed_once():
+    recipe, state, teacher = make({"cross_entropy": 0.5, "kd": 0.5, "tat_layer2": 0.1})
+    mixing = Mixing(mixup=1.0, cutmix=0.0, seed=3)
+    step = jax.jit(functools.partial(distill.train_step, recipe._replace(mixing=mixing)))
+    batch = batch_of(8, valid=6)
+    after, metrics = step(state, teacher, batch)
+    # The batch that was mixed before has labels that are mixed, and the step without mixing takes it.
+    mixed = jax.jit(functools.partial(mix, mixing))(state.step, batch)
+    again, expected = jax.jit(functools.partial(distill.train_step, recipe))(state, teacher, mixed)
+    assert_same_states((after, metrics), (again, expected), rtol=1e-5)
+    student = nnx.merge(recipe.distillation, state.params, state.variables, copy=True).student
+    hit = student(mixed.image, train=True, where=batch.where).logits.argmax(-1)
+    first, second, share = mixed.label
+    top1 = (share * (hit == first) + (1 - share) * (hit == second))[:6].mean()
+    assert float(metrics["train_top1"]) == pytest.approx(float(top1), rel=1e-6)
+
+
+def test_on_eight_devices_mixed_images_and_the_average_are_what_they_are_on_one():
+    recipe, state, teacher = make({"cross_entropy": 0.5, "tat_layer2": 0.1})
+    recipe = recipe._replace(mixing=Mixing(mixup=1.0, cutmix=1.0, seed=3), ema_decay=0.9)
+    state = state._replace(ema=ema.student_of(state.params, state.variables))
+    step, mesh = jax.jit(functools.partial(distill.train_step, recipe)), sharding.make_mesh()
+    everywhere = jax.device_put((state, teacher), sharding.replicated(mesh))
+    spread = jax.device_put(batch_of(16, valid=13), sharding.batched(mesh))
+    assert_same_states(step(*everywhere, spread), step(state, teacher, batch_of(16, valid=13)))
+
+
+def averaging(decay, optimizer, dtype=jnp.float32):
+    """Return a step that keeps an average of its student, and the first state."""
+    student = View(Tiny(4, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = Distillation(student, {"cross_entropy": CrossEntropy()})
+    recipe = Recipe(
+        nnx.graphdef(model),
+        None,
+        False,
+        {"cross_entropy": 1.0},
+        Classification(),
+        optimizer,
+        lambda step: 0.05,
+        leave_out_not_finite=True,
+        ema_decay=decay,
+    )
+    state = distill.init_state(model, optimizer, with_ema=True)
+    return jax.jit(functools.partial(distill.train_step, recipe)), state, recipe
+
+
+def leaves(state):
+    return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(state)]
+
+
+def test_the_average_is_its_recurrence_over_parameters_and_running_statistics(x64):
+    step, state, recipe = averaging(0.7, optax.sgd(0.5), jnp.float64)
+    average = leaves(ema.student_of(state.params, state.variables))
+    for seed in range(4):
+        state, _ = step(state, None, batch_of(8, seed=seed))
+        student = leaves(ema.student_of(state.params, state.variables))
+        average = [0.7 * old + 0.3 * new for old, new in zip(average, student, strict=True)]
+    for ours, expected in zip(leaves(state.ema), average, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-13, atol=1e-15)
+    views = distill.student_views(recipe, state)
+    own, averaged = (nnx.merge(*view)(batch_of(4).image).logits for view in (views[""], views["ema"]))
+    assert not np.allclose(own, averaged, rtol=1e-3)
+    model = nnx.merge(recipe.distillation, state.params, state.variables, copy=True)
+    nnx.update(model, state.ema)
+    np.testing.assert_array_equal(averaged, model.student(batch_of(4).image).logits)
+
+
+def test_the_average_follows_updates_not_the_batches_of_which_several_make_one():
+    optimizer = optax.MultiSteps(optax.sgd(0.5), 2).gradient_transformation()
+    step, state, _ = averaging(0.7, optimizer)
+    moved = []
+    for seed in range(4):
+        before, (state, _) = state, step(state, None, batch_of(8, seed=seed))
+        moved.append(any((a != b).any() for a, b in zip(leaves(before.ema), leaves(state.ema), strict=True)))
+    assert moved == [False, True, False, True]
+
+
+def test_a_step_that_is_left_out_leaves_the_average_as_it_is():
+    step, state, _ = averaging(0.7, optax.sgd(0.5))
+    state, _ = step(state, None, batch_of(8))
+    batch = batch_of(8)._replace(image=np.full((8, 16, 16, 3), np.nan, np.float32))
+    after, _ = step(state, None, batch)
+    for new, old in zip(leaves(after.ema), leaves(state.ema), strict=True):
+        np.testing.assert_array_equal(new, old)
 
 
 class Memory(nnx.Variable):

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tat_jax.batch import Batch
+from tat_jax.batch import Batch, MixedLabels
 from tat_jax.losses import cross_entropy, kd_loss, kd_weights, kl_divergence, pixel_cross_entropy
-from tat_jax.losses.labels import PixelCrossEntropy
+from tat_jax.losses.labels import CrossEntropy, PixelCrossEntropy
 from tat_jax.losses.logits import KD
 from tat_jax.networks.view import Outputs
 
@@ -47,6 +48,30 @@ def test_kd_loss_and_its_gradient_are_those_of_the_published_code(case, x64):
     assert loss == pytest.approx(case["loss"], rel=1e-10)
     assert np.linalg.norm(gradient) == pytest.approx(case["grad_norm"], rel=1e-10)
     np.testing.assert_allclose(gradient.ravel()[:8], case["grad_first8"], rtol=1e-10)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_smoothed_cross_entropy_and_its_gradient_are_pytorchs(smoothing, x64):
+    logits, labels = draw("smoothing", (5, 7), 3), np.array([0, 6, 2, 2, 5])
+    loss, gradient = jax.value_and_grad(cross_entropy)(jnp.asarray(logits), labels, label_smoothing=smoothing)
+    theirs = torch.tensor(logits, requires_grad=True)
+    expected = torch.nn.CrossEntropyLoss(label_smoothing=smoothing)(theirs, torch.tensor(labels))
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-12)
+    np.testing.assert_allclose(gradient, theirs.grad.numpy(), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_of_mixed_labels_cross_entropy_is_that_of_both_by_their_shares(smoothing, x64):
+    logits, first, second = draw("mixed", (4, 7), 3), np.array([0, 6, 2, 2]), np.array([1, 1, 2, 0])
+    share = np.array([0.25, 0.9, 0.5, 1.0])
+    batch = Batch(np.zeros((4, 1, 1, 3), np.uint8), MixedLabels(first, second, share), np.ones(4, bool))
+    loss = CrossEntropy(label_smoothing=smoothing)
+    found = loss(Outputs(jnp.asarray(logits), {}), Outputs(None, {}), batch, train=True)
+    told = share[:, None] * np.eye(7)[first] + (1 - share)[:, None] * np.eye(7)[second]
+    cross_entropies = torch.nn.CrossEntropyLoss(label_smoothing=smoothing, reduction="none")
+    expected = cross_entropies(torch.tensor(logits), torch.tensor(told))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_beta_is_one_minus_alpha_by_default():

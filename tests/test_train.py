@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 
 from tat_jax import evaluate, train
 from tat_jax.configs import (
@@ -18,6 +19,7 @@ from tat_jax.configs import (
     compare,
     digits,
     finetune,
+    patient,
     r18_r34,
     r18_r34_ce,
     r18_r34_kd,
@@ -25,6 +27,7 @@ from tat_jax.configs import (
     supervised,
 )
 from tat_jax.data.pipeline import open_pipeline
+from tat_jax.export import export
 from tat_jax.losses import terms_of
 from tat_jax.metrics import read_rows
 from tat_jax.networks.view import View, normalize
@@ -66,7 +69,8 @@ def run(config, folder, network=Dropping):
 def contents(folder):
     """Return what the last checkpoint holds, and the rows but for their speed."""
     step = folders.last(folder)
-    items = {item: jax.tree.leaves(store.load_item(step / item)) for item in ("student", "training")}
+    there = [item for item in ("student", "student_ema", "training") if (step / item).exists()]
+    items = {item: jax.tree.leaves(store.load_item(step / item)) for item in there}
     rows = [
         {name: value for name, value in row.items() if name != "train/images_per_second"}
         for row in read_rows(folder)
@@ -267,6 +271,72 @@ def test_a_row_over_steps_before_and_after_a_stop_is_that_of_a_run_without(tmp_p
     assert [row["step"] for row in read_rows(tmp_path / "whole") if "train/loss" in row] == [2, 4, 6]
 
 
+def recipe_of_today(**changes):
+    """Return a run with mixed images, smoothed labels and an average that follows every second batch."""
+    config = config_of(**{"mixup": 0.8, "cutmix": 1.0, "ema_decay": 0.9} | changes)
+    config.losses.cross_entropy.label_smoothing = 0.1
+    config.optimizer.accumulate = 2
+    return config
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory):
+    """Return the folder of such a run of three epochs."""
+    folder = tmp_path_factory.mktemp("averaged")
+    run(recipe_of_today(epochs=3), folder)
+    return folder
+
+
+def test_a_run_with_mixed_images_and_an_average_continues_to_the_bit(tmp_path, averaged):
+    run(recipe_of_today(epochs=1), tmp_path)  # three steps, the last one half of an update
+    assert (folders.last(tmp_path) / "student_ema").is_dir()
+    run(recipe_of_today(epochs=3), tmp_path)
+    assert_same_run(tmp_path, averaged)
+
+
+def test_the_average_is_evaluated_beside_the_student_and_taken_by_its_name(averaged, tmp_path):
+    rows = [row for row in read_rows(averaged) if "eval/ema_top1" in row]
+    assert [row["step"] for row in rows] == [3, 6, 9]
+    student = Tiny(4, classes=10, bn_group=8, rngs=nnx.Rngs(2))
+    config = recipe_of_today(epochs=3)
+    for which, row in (("last", rows[-1]), ("best", max(rows[::-1], key=lambda row: row["eval/ema_top1"]))):
+        found = evaluate.run(config, averaged, f"{which}_ema", student=student).measures
+        assert found == {name: row[f"eval/ema_{name}"] for name in ("top1", "top5")}
+    folder = folders.last(averaged)
+    by_path = evaluate.run(config, averaged, str(folder / "student_ema"), student=student).measures
+    assert by_path["top1"] == rows[-1]["eval/ema_top1"]
+    own, average = (store.load_network(place).weights for place in (folder, folder / "student_ema"))
+    assert own.keys() == average.keys()
+    assert any((own[name] != average[name]).any() for name in own)
+    export(averaged, tmp_path / "average.safetensors", "last_ema", student=student)
+    handed_on = load_file(tmp_path / "average.safetensors")
+    np.testing.assert_array_equal(handed_on["fc.bias"], average["fc.bias"])
+
+
+def test_an_average_is_neither_begun_nor_dropped_on_the_way_and_none_is_taken_where_none_is(
+    averaged, uninterrupted
+):
+    with pytest.raises(ValueError, match=r"ema_decay: 0.9 there, None now"):
+        run(recipe_of_today(epochs=3, ema_decay=None), averaged)
+    with pytest.raises(ValueError, match=r"ema_decay: None there, 0.9 now"):
+        run(config_of(epochs=4, ema_decay=0.9), uninterrupted)
+    with pytest.raises(FileNotFoundError, match=r"keeps no moving average: it was trained without ema_decay"):
+        evaluate.run(config_of(epochs=4), uninterrupted, "best_ema")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixup": 0.2, "batch_size": 1, "bn_group": None}, r"mixup=0.2: a batch of one image has nothing"),
+        ({"mixup": -1.0}, r"mixup=-1.0: allowed is a number from 0 on"),
+        ({"ema_decay": 1.0}, r"ema_decay=1.0: allowed is a number between 0 and 1"),
+    ],
+)
+def test_what_cannot_be_mixed_or_averaged_is_named(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(config_of(**changes), tmp_path)
+
+
 def test_a_folder_where_a_run_is_at_work_is_refused(tmp_path):
     with (tmp_path / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -434,7 +504,8 @@ def test_a_run_without_checkpoints_comes_with_the_command_that_makes_them(tmp_pa
 
 
 @pytest.mark.parametrize(
-    "experiment", [r18_r34, r18_r34_ce, r18_r34_kd, r18_r34_scratch, supervised, digits, finetune, compare]
+    "experiment",
+    [r18_r34, r18_r34_ce, r18_r34_kd, r18_r34_scratch, supervised, digits, finetune, compare, patient],
 )
 def test_every_config_has_a_miniature_without_files(experiment):
     config = experiment.get_config("smoke")

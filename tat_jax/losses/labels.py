@@ -13,8 +13,8 @@ from einops import reduce
 from flax import nnx
 from jaxtyping import Array, Float, Int, Integer
 
-from tat_jax.batch import Batch, Where
-from tat_jax.fields import YES_OR_NO, Field
+from tat_jax.batch import Batch, MixedLabels, Where
+from tat_jax.fields import SHARE, YES_OR_NO, Field
 from tat_jax.losses.loss import Loss, labels_of, logits_of
 from tat_jax.networks.layers import at_least_float32
 from tat_jax.networks.view import Outputs
@@ -24,18 +24,25 @@ def cross_entropy(
     logits: Float[Array | np.ndarray, "batch classes"],
     labels: Int[Array | np.ndarray, " batch"],
     *,
+    label_smoothing: float = 0.0,
     where: Where | None = None,
 ) -> Float[Array, ""]:
     """Return the mean of −log softmax(logits)[label], in nats.
 
+    With `label_smoothing` ε it is (1 − ε) of that and ε of the mean over all classes, as PyTorch's
+    CrossEntropyLoss has it.
+
     Raises:
         ValueError: logits and labels do not have one row per image each.
     """
-    return jnp.mean(cross_entropies(logits, labels), where=where)
+    return jnp.mean(cross_entropies(logits, labels, label_smoothing=label_smoothing), where=where)
 
 
 def cross_entropies(
-    logits: Float[Array | np.ndarray, "batch classes"], labels: Int[Array | np.ndarray, " batch"]
+    logits: Float[Array | np.ndarray, "batch classes"],
+    labels: Int[Array | np.ndarray, " batch"],
+    *,
+    label_smoothing: float = 0.0,
 ) -> Float[Array, " batch"]:
     """Return −log softmax(logits)[label] of each image, as in `cross_entropy`."""
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
@@ -44,7 +51,10 @@ def cross_entropies(
             + "; the loss of maps is pixel_cross_entropy" * (logits.ndim == 4)
         )
     log_p = nnx.log_softmax(jnp.asarray(logits).astype(at_least_float32(logits.dtype)))
-    return -jnp.take_along_axis(log_p, jnp.asarray(labels)[:, None], axis=1)[:, 0]
+    of_labels = -jnp.take_along_axis(log_p, jnp.asarray(labels)[:, None], axis=1)[:, 0]
+    if label_smoothing == 0:
+        return of_labels
+    return (1 - label_smoothing) * of_labels - label_smoothing * jnp.mean(log_p, axis=1)
 
 
 def pixel_cross_entropy(
@@ -92,18 +102,35 @@ def pixel_cross_entropy(
 
 
 class CrossEntropy(Loss):
-    """The cross-entropy of the student's logits with the labels."""
+    """The cross-entropy of the student's logits with the labels; of mixed images with both, by share."""
 
     name: ClassVar[str] = "cross_entropy"
+    options: ClassVar[Mapping[str, Field]] = {
+        "label_smoothing": Field(
+            0.0, SHARE, "of a label, spread evenly over all classes", may_change=True, optional=True
+        )
+    }
     needs_labels: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = True
+    takes_mixed_labels: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = False
+
+    def __init__(self, *, label_smoothing: float = 0.0):
+        self.label_smoothing = label_smoothing
 
     def __call__(
         self, student: Outputs, teacher: Outputs, batch: Batch, *, train: bool
     ) -> Float[Array, " batch"]:
-        """Return −log softmax(logits)[label] of each image."""
-        return cross_entropies(logits_of(student), labels_of(batch))
+        """Return −log softmax(logits)[label] of each image, smoothed as in `cross_entropy`."""
+        logits = logits_of(student)
+        if isinstance(batch.label, MixedLabels):
+            share = jnp.asarray(batch.label.share)
+            first, second = (self._values(logits, labels) for labels in batch.label[:2])
+            return share * first + (1 - share) * second
+        return self._values(logits, labels_of(batch))
+
+    def _values(self, logits: Array, labels: Array | np.ndarray) -> Float[Array, " batch"]:
+        return cross_entropies(logits, labels, label_smoothing=self.label_smoothing)
 
 
 class PixelCrossEntropy(Loss):

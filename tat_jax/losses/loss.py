@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from tat_jax.batch import Batch
+from tat_jax.batch import Batch, MixedLabels
 from tat_jax.fields import TEXT, Field, or_none
 from tat_jax.networks.view import Outputs, OutputShapes
 
@@ -27,6 +27,7 @@ class Loss(nnx.Module):
             among its options.
         has_parameters: whether a run can switch it on or off only before it begins.
         needs_labels: whether it reads `batch.label`.
+        takes_mixed_labels: whether it reads that where they are `MixedLabels`, too.
         needs_teacher: whether it reads the teacher's outputs.
         needs_logits: whether it reads logits, the student's and, with `needs_teacher`, the teacher's, whose
             head must be trained then.
@@ -37,6 +38,7 @@ class Loss(nnx.Module):
     compares_taps: ClassVar[bool] = False
     has_parameters: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
+    takes_mixed_labels: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = False
 
@@ -95,10 +97,14 @@ def labels_of(batch: Batch) -> Array:
     """Return the labels of a batch.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has none, or two for each image.
     """
     if batch.label is None:
         raise ValueError("a loss reads labels, and the data has none; set its weight to 0")
+    if isinstance(batch.label, MixedLabels):
+        raise ValueError(
+            "a loss reads one label for each image, and mixed images have two; set mixup=0 and cutmix=0"
+        )
     return jnp.asarray(batch.label)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from tat_jax.batch import Batch
+from tat_jax.batch import Batch, MixedLabels
 from tat_jax.data import eval_resize
 from tat_jax.data.crops import crop
 from tat_jax.data.source import Source
@@ -47,13 +47,18 @@ class Classification(Task):
     def measure(self, outputs: Outputs, batch: Batch, teacher: Outputs | None) -> dict[str, Float[Array, ""]]:
         """Return how often the student's first class is the label, and how often the teacher's first class.
 
-        Without labels there is no first, and without a teacher that knows the same classes no second one.
+        Without labels there is no first, and without a teacher that knows the same classes no second one. Of
+        mixed images each of the two labels counts by its share, as in the published code of mixup.
         """
         if outputs.logits is None:
             return {}
         prediction = outputs.logits.argmax(-1)
         measured = {}
-        if batch.label is not None:
+        if isinstance(batch.label, MixedLabels):
+            first, second = (prediction == label for label in batch.label[:2])
+            hit = batch.label.share * first + (1 - batch.label.share) * second
+            measured["train_top1"] = jnp.mean(hit, where=batch.where)
+        elif batch.label is not None:
             measured["train_top1"] = jnp.mean(prediction == batch.label, where=batch.where)
         theirs = teacher and teacher.logits
         if theirs is not None and theirs.shape == outputs.logits.shape:
@@ -69,11 +74,11 @@ class Classification(Task):
         Raises:
             ValueError: the network gives no logits.
         """
-        logits = outputs.logits
-        if logits is None or batch.label is None:
-            raise ValueError(f"nothing to classify: no {'labels' if batch.label is None else 'logits'}")
-        of_label = jnp.take_along_axis(logits, batch.label[:, None], axis=1)
-        tied_after = (logits == of_label) & (jnp.arange(logits.shape[1])[None] >= batch.label[:, None])
+        logits, labels = outputs.logits, batch.label
+        if logits is None or labels is None or isinstance(labels, MixedLabels):
+            raise ValueError(f"nothing to classify: no {'logits' if logits is None else 'labels'}")
+        of_label = jnp.take_along_axis(logits, labels[:, None], axis=1)
+        tied_after = (logits == of_label) & (jnp.arange(logits.shape[1])[None] >= labels[:, None])
         rank = jnp.sum(~(logits < of_label) & ~tied_after, axis=1)
         return {
             "count": jnp.sum(batch.where),

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from tat_jax.batch import Batch
+from tat_jax.batch import Batch, MixedLabels
 from tat_jax.data.label_maps import IGNORED, OUTSIDE
 from tat_jax.data.segments import segment
 from tat_jax.data.source import Source, check_label_maps, largest_image, printable
@@ -66,13 +66,16 @@ class Segmentation(Task):
         return f"{size}, to which whole images are squashed, scored at their own sizes and at this one"
 
     def measure(self, outputs: Outputs, batch: Batch, teacher: Outputs | None) -> dict[str, Float[Array, ""]]:
-        """Return of pixels with a class the share where the student is right, and that where both agree."""
+        """Return of pixels with a class the share where the student is right, and that where both agree.
+
+        Pixels of mixed images have two classes: of those all count, and none is right.
+        """
         if outputs.logits is None:
             return {}
         prediction = original_size.best_class(outputs.logits)
         counts = jnp.broadcast_to(batch.where[:, None, None], prediction.shape)
         measured = {}
-        if batch.label is not None:
+        if batch.label is not None and not isinstance(batch.label, MixedLabels):
             counts &= batch.label < outputs.logits.shape[-1]
             measured["train_pixel_accuracy"] = _share(prediction == batch.label, counts)
         theirs = teacher and teacher.logits
@@ -92,8 +95,8 @@ class Segmentation(Task):
                 32 bits count.
         """
         logits, labels = outputs.logits, batch.label
-        if logits is None or labels is None:
-            raise ValueError(f"nothing to segment: no {'labels' if labels is None else 'logits'}")
+        if logits is None or labels is None or isinstance(labels, MixedLabels):
+            raise ValueError(f"nothing to segment: no {'logits' if logits is None else 'labels'}")
         if logits.ndim != 4:
             shape = " × ".join(map(str, logits.shape[1:]))
             raise ValueError(

@@ -1,10 +1,13 @@
 """Where networks lie: in folders of converted weights, and in the checkpoints of runs."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from tat_jax.weights.orbax_quiet import try_to_read
-from tat_jax.weights.store import read_sealed
+from tat_jax.weights.store import EMA, read_sealed
+
+OF_EMA = "ema_"  # before the names of the measures of a moving average
 
 
 def network_folder(folder: Path, architecture: str = "ARCHITECTURE") -> Path:
@@ -25,8 +28,8 @@ def network_folder(folder: Path, architecture: str = "ARCHITECTURE") -> Path:
 
 
 def is_network(folder: Path) -> bool:
-    """Return whether a folder holds a network itself, as converted weights and checkpoints do."""
-    return (folder / "student").is_dir()
+    """Return whether a folder holds a network itself: converted weights, a checkpoint, a moving average."""
+    return (folder / "student").is_dir() or (folder.name == EMA and (folder.parent / "student").is_dir())
 
 
 def best(run: Path) -> Path:
@@ -36,6 +39,36 @@ def best(run: Path) -> Path:
         FileNotFoundError: the run has no evaluated checkpoint.
         ValueError: one of its checkpoints cannot be read.
     """
+    return _best(run, first)
+
+
+def best_ema(run: Path) -> Path:
+    """Return the moving average whose evaluation was best; as `best` of the student.
+
+    Raises:
+        FileNotFoundError: the run has no evaluated checkpoint, or keeps no average.
+        ValueError: one of its checkpoints cannot be read.
+    """
+    return _ema_of(_best(run, first_of_ema))
+
+
+def last_ema(run: Path) -> Path:
+    """Return the moving average of the newest checkpoint of a run.
+
+    Raises:
+        FileNotFoundError: the run has no checkpoint, or keeps no average.
+    """
+    return _ema_of(last(run))
+
+
+def _ema_of(checkpoint: Path) -> Path:
+    if not (checkpoint / EMA).is_dir():
+        run = checkpoint.parents[1]
+        raise FileNotFoundError(f"{run} keeps no moving average: it was trained without ema_decay")
+    return checkpoint / EMA
+
+
+def _best(run: Path, measure: Callable[[dict[str, float]], float]) -> Path:
     evaluated = []
     for step in _existing(run):
         folder = checkpoints(run) / str(step)
@@ -46,7 +79,7 @@ def best(run: Path) -> Path:
                 "--checkpoint=FOLDER evaluates another one"
             )
         if metrics:
-            evaluated.append((first(metrics), step))
+            evaluated.append((measure(metrics), step))
     if not evaluated:
         raise FileNotFoundError(f"no checkpoint in {run} has been evaluated yet")
     return checkpoints(run) / str(max(evaluated)[1])
@@ -61,12 +94,19 @@ def last(run: Path) -> Path:
     return checkpoints(run) / str(_existing(run)[-1])
 
 
-CHOICES = {"best": best, "last": last}  # of a run's checkpoints
+# Of a run's checkpoints: its student, or the moving average beside it.
+CHOICES = {"best": best, "last": last, "best_ema": best_ema, "last_ema": last_ema}
 
 
 def checkpoints(run: Path) -> Path:
     """Return the folder in which each checkpoint of a run has a folder named by its step."""
     return Path(run) / "checkpoints"
+
+
+def run_of(network: Path) -> Path:
+    """Return the run in whose checkpoints a network lies, student or average; any other as it is."""
+    checkpoint = network.absolute().parent if network.name == EMA else network.absolute()
+    return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else network
 
 
 def steps(run: Path) -> list[int]:
@@ -90,6 +130,11 @@ def _existing(run: Path) -> list[int]:
 def first(metrics: dict[str, float]) -> float:
     """Return the first of an evaluation's measures, by which a checkpoint is the best."""
     return next(iter(metrics.values()))
+
+
+def first_of_ema(metrics: dict[str, float]) -> float:
+    """Return likewise that of the moving average; the student's own where none was evaluated."""
+    return metrics.get(f"{OF_EMA}{next(iter(metrics))}", first(metrics))
 
 
 def read_evaluation(folder: Path) -> dict[str, float] | None:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from tat_jax.buckets import Bucket, Place
+from tat_jax.weights.store import EMA
 
 T = TypeVar("T")
 # Written last of a checkpoint that is copied into a bucket, and deleted first: what lacks it is not whole.
 MARK = "_CHECKPOINT_METADATA"
 _OF_STEP = re.compile(r"checkpoints/(\d+)/(.+)")
-_OF_NETWORK = ("student", "network", "data", "metrics")
+_OF_NETWORK = ("student", EMA, "network", "data", "metrics")
 
 
 @contextlib.contextmanager

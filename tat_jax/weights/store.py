@@ -3,7 +3,8 @@
 A network is a folder of two items: `student`, its weights under the model's own attribute paths, and
 `network`, the arguments that build it and where it came from. That is all an evaluation reads, all a folder
 of converted weights holds, and a part of each checkpoint of a run. `network` holds the SHA-256 of the
-weights, and of what it says itself, so that one changed bit is seen when it is read.
+weights, and of what it says itself, so that one changed bit is seen when it is read. Where a run keeps a
+moving average of its student, a third item of its checkpoints holds it, whose folder is named as a network's.
 """
 
 import errno
@@ -26,6 +27,7 @@ from flax import nnx
 from tat_jax.weights.orbax_quiet import abandoned_unheard, reason, try_to_read
 
 Weights = dict[str, Any]
+EMA = "student_ema"  # the item of the moving average
 _NAMED = 30  # entries in an error
 # What the items `network` and `data` held before they were sealed.
 _UNSEALED = ({"arguments", "origin"}, {"epoch", "batch"})  # and more
@@ -150,39 +152,43 @@ def _of_disk(error: Exception) -> str:
     return next((text for text in said if text in str(error)), reason(error))
 
 
-def network_items(network: StoredNetwork) -> ocp.args.Composite:
-    """Return the two items of a network as Orbax saves them."""
+def network_items(network: StoredNetwork, ema: Weights | None = None) -> ocp.args.Composite:
+    """Return the two items of a network as Orbax saves them, and that of its moving average if any."""
     said = {
         "arguments": network.arguments,
         "origin": network.origin,
         "usage": dict(network.usage),
         "arrays": digest(network.weights),
     }
-    return ocp.args.Composite(
-        student=ocp.args.StandardSave(network.weights), network=ocp.args.JsonSave(seal(said))
-    )
+    items = {"student": ocp.args.StandardSave(network.weights)}
+    if ema is not None:
+        said["arrays_of_ema"] = digest(ema)
+        items[EMA] = ocp.args.StandardSave(ema)
+    return ocp.args.Composite(**items, network=ocp.args.JsonSave(seal(said)))
 
 
 def load_network(folder: Path) -> StoredNetwork:
-    """Read the network of a checkpoint or of converted weights onto the host.
+    """Read the network of a checkpoint, of its moving average or of converted weights onto the host.
 
     Raises:
         FileNotFoundError: there is none in `folder`.
         ValueError: what is there cannot be read.
     """
     folder = Path(folder).absolute()
-    if not (folder / "student").is_dir() or not (folder / "network").is_dir():
+    is_ema = folder.name == EMA and not (folder / "student").is_dir()
+    parent, item = (folder.parent, EMA) if is_ema else (folder, "student")
+    if not (parent / item).is_dir() or not (parent / "network").is_dir():
         raise FileNotFoundError(f"no network in {folder} (it would hold the folders student and network)")
-    network, wrong = try_to_read(_read_network, folder)
+    network, wrong = try_to_read(_read_network, parent, item)
     if network is None:
         raise ValueError(f"cannot read the network in {folder}: {wrong}")
     return network
 
 
-def _read_network(folder: Path) -> StoredNetwork:
+def _read_network(folder: Path, item: str) -> StoredNetwork:
     said = read_sealed(folder / "network")
-    weights = dict(load_item(folder / "student"))
-    check_digest(weights, said["arrays"])
+    weights = dict(load_item(folder / item))
+    check_digest(weights, said["arrays_of_ema" if item == EMA else "arrays"])
     return StoredNetwork(weights, said["arguments"], said["origin"], said.get("usage", {}))
 
 
