@@ -202,8 +202,8 @@ def _copied(module: Any) -> Any:
 def _check_labels(terms: Sequence[Term]) -> None:
     if names := [term.name for term in terms if term.loss.needs_labels]:
         raise ValueError(
-            f"{' and '.join(names)} {_reads(names)} labels, and the images have none: set the weight to 0, as "
-            f"by --config.losses.{names[0]}.weight=0, and give one to a loss that compares taps"
+            f"{' and '.join(names)} {_reads(names)} labels, and the images have none: set the weight to 0, "
+            f"as by --config.losses.{names[0]}.weight=0, and give one to a loss that compares taps"
         )
 
 
