@@ -17,7 +17,7 @@ from tat_jax.losses.loss import Loss
 from tat_jax.networks import Network, OwnNetwork
 from tat_jax.networks.view import Outputs, OutputShapes, watch
 from tat_jax.schedules import weight_at
-from tat_jax.tasks import TASKS
+from tat_jax.tasks import task_of
 from tat_jax.usage import other_classes
 
 
@@ -86,7 +86,7 @@ def build(
         teacher=teacher_graph,
         teacher_has_head=master is not None and _is_comparable(master, num_classes, classes),
         weights={term.name: weight_at(term.weight, steps_per_epoch) for term in terms},
-        task=TASKS[config.task](),
+        task=task_of(config),
         optimizer=optimizer,
         learning_rate=learning_rate,
         leave_out_not_finite=config.steps_left_out > 0,
@@ -167,8 +167,8 @@ def _copied(module: Any) -> Any:
 def _check_labels(terms: Sequence[Term]) -> None:
     if names := [term.name for term in terms if term.loss.needs_labels]:
         raise ValueError(
-            f"{' and '.join(names)} {_reads(names)} labels, and the images have none: set the weight to 0, as "
-            f"by --config.losses.{names[0]}.weight=0, and give one to a loss that compares taps"
+            f"{' and '.join(names)} {_reads(names)} labels, and the images have none: set the weight to "
+            f"0, as by --config.losses.{names[0]}.weight=0, and give one to a loss that compares taps"
         )
 
 
@@ -202,7 +202,8 @@ def _check_logits(
 
 
 def _is_comparable(teacher: Network, num_classes: int, classes: Sequence[str] | None) -> bool:
-    return teacher.origin["head"] != "fresh" and not other_classes(teacher, num_classes, classes)
+    has_head = teacher.origin["head"] not in ("fresh", networks.NO_HEAD)
+    return has_head and not other_classes(teacher, num_classes, classes)
 
 
 def _check_accumulation(config: ConfigDict, steps_per_epoch: int) -> None:
