@@ -91,6 +91,8 @@ def finish(config: ConfigDict, argument: str) -> ConfigDict:
             config.data.update(
                 {"source": "digits", "labels_per_class": 3, "image_size": 64, "eval_resize": 64, "threads": 2}
             )
+        if config.task == "features":  # which takes digits without their labels, but for the probe
+            config.probe.update({"source": "digits", "labels_per_class": 3})
     return config
 
 

@@ -21,7 +21,7 @@ from tat_jax.networks import Network, OwnNetwork
 from tat_jax.networks.precision import narrow
 from tat_jax.networks.view import Outputs, OutputShapes, watch
 from tat_jax.schedules import weight_at
-from tat_jax.tasks import TASKS
+from tat_jax.tasks import task_of
 from tat_jax.usage import other_classes
 from tat_jax.weights.store import digest, flatten
 
@@ -94,7 +94,7 @@ def build(
         teacher=teacher_graph,
         teacher_has_head=master is not None and _is_comparable(master, num_classes, classes),
         weights={term.name: weight_at(term.weight, steps_per_epoch) for term in terms},
-        task=TASKS[config.task](),
+        task=task_of(config),
         optimizer=optimizer,
         learning_rate=learning_rate,
         leave_out_not_finite=config.steps_left_out > 0,
@@ -237,7 +237,8 @@ def _check_logits(
 
 
 def _is_comparable(teacher: Network, num_classes: int, classes: Sequence[str] | None) -> bool:
-    return teacher.origin["head"] != "fresh" and not other_classes(teacher, num_classes, classes)
+    has_head = teacher.origin["head"] not in ("fresh", networks.NO_HEAD)
+    return has_head and not other_classes(teacher, num_classes, classes)
 
 
 def _mixing(config: ConfigDict, terms: Sequence[Term]) -> Mixing | None:

@@ -1,9 +1,10 @@
 """Exact evaluation: every image of the split once, whatever the batch size and the number of devices."""
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from tat_jax import buckets, experiment, networks, sharding
+from tat_jax import buckets, experiment, networks, probe, sharding
 from tat_jax.batch import Batch
 from tat_jax.buckets import Place
+from tat_jax.build import Built
 from tat_jax.data.pipeline import Pipeline, check_same, open_pipeline
 from tat_jax.data.source import class_names, notes
+from tat_jax.distill import TrainState
 from tat_jax.metrics import progress
 from tat_jax.networks import Network, OwnNetwork
-from tat_jax.tasks import TASKS
+from tat_jax.tasks import task_of
 from tat_jax.tasks.task import Task
 from tat_jax.usage import other_classes
 from tat_jax.weights import folders, remote
@@ -90,12 +93,13 @@ def run(
     check_same(config, pipeline)
     if wrong := other_classes(network, pipeline.source.num_classes, class_names(pipeline.source)):
         raise ValueError(f"{named} has other classes: {wrong}; name data of its own")
-    show, task = jax.process_index() == 0, TASKS[config.task]()
+    show, task = jax.process_index() == 0, task_of(config)
     for line in (*notes(pipeline.source), *other_sizes(network, named, task, config)) if show else ():
         print(f"note: {line}", file=sys.stderr)
     graph, state = nnx.split(network.view)
     state = sharding.put_whole(state, mesh, what="the weights")
-    return evaluate(graph, state, task, pipeline, mesh, show=show)
+    with contextlib.closing(open_evaluator(config, pipeline, mesh)) as evaluator:
+        return evaluator(graph, state, show=show)
 
 
 def load(
@@ -113,7 +117,7 @@ def load(
     else:
         network = networks.restore(which, dtype=config.dtype, network=student)
     named = f"the {which} checkpoint of {folder}" if choose else which
-    if network.origin["head"] == "fresh":
+    if network.origin["head"] == "fresh" and task_of(config).needs_head:
         raise ValueError(f"{named} has a head that was never trained: its logits mean nothing")
     return network, named
 
@@ -125,6 +129,95 @@ def other_sizes(network: Network, named: str, task: Task, config: ConfigDict) ->
         return []
     then, now = (", ".join(f"{name} {size}" for name, size in sizes.items()) for sizes in (known, here))
     return [f"{named} was trained for {then}; its images have {now} here (data.image_size, data.eval_resize)"]
+
+
+class Evaluator(Protocol):
+    """Evaluates networks, one after the other, on images that it holds open."""
+
+    def __call__(
+        self,
+        graph: nnx.GraphDef,
+        state: nnx.State,
+        trained: TrainState | None = None,
+        *,
+        show: bool = True,
+        stop_signal: Callable[[], int] = lambda: 0,
+    ) -> Evaluation:
+        """Evaluate a network; the arguments are those of `evaluate`.
+
+        Args:
+            graph: the structure of its `View`.
+            state: its arrays.
+            trained: all that is trained with it; None where it is not being trained.
+            show: draw a progress bar.
+            stop_signal: asked before each batch; not 0 stops.
+        """
+
+    def close(self) -> None:
+        """End what reads images that it opened itself."""
+
+
+def open_evaluator(
+    config: ConfigDict, pipeline: Pipeline, mesh: Mesh, built: Built | None = None
+) -> Evaluator:
+    """Return what evaluates as the task of a config has it.
+
+    Args:
+        config: names the task, and what else it measures by.
+        pipeline: the images to validate, without augmentation.
+        mesh: the devices.
+        built: the training, whose teacher and losses may be measured, too; None where nothing is trained.
+
+    Raises:
+        FileNotFoundError: images that it needs besides are not there.
+        ValueError: they cannot be what they should be.
+    """
+    task = task_of(config)
+    if task.needs_head:
+        return _Counting(task, pipeline, mesh)
+    return _Probing(task, probe.open_probe(config, pipeline, mesh, built))
+
+
+class _Counting(NamedTuple):
+    """Counts over a split what a task counts."""
+
+    task: Task
+    pipeline: Pipeline
+    mesh: Mesh
+
+    def __call__(
+        self, graph: nnx.GraphDef, state: nnx.State, trained: TrainState | None = None, **options: Any
+    ) -> Evaluation:
+        return evaluate(graph, state, self.task, self.pipeline, self.mesh, **options)
+
+    def close(self) -> None:
+        """Do nothing: whoever opened the pipeline closes it."""
+
+
+class _Probing(NamedTuple):
+    """Measures features."""
+
+    task: Task
+    probe: probe.Probe | probe.HeldOut
+
+    def __call__(
+        self,
+        graph: nnx.GraphDef,
+        state: nnx.State,
+        trained: TrainState | None = None,
+        *,
+        show: bool = True,
+        stop_signal: Callable[[], int] = lambda: 0,
+    ) -> Evaluation:
+        def listen() -> None:
+            if number := stop_signal():
+                raise Stopped(number)
+
+        return Evaluation(self.task, *self.probe.measure((graph, state), trained, show=show, listen=listen))
+
+    def close(self) -> None:
+        """End the processes that read the labelled images."""
+        self.probe.close()
 
 
 def evaluate(

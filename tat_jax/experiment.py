@@ -87,6 +87,7 @@ FIELDS: Fields = {
     "losses": losses.FIELDS,
     "optimizer": optim.FIELDS,
     "data": data.FIELDS,
+    "probe": data.PROBE,
 }
 
 
@@ -106,6 +107,9 @@ def check(config: ConfigDict) -> None:
 def notes(config: ConfigDict) -> Iterator[str]:
     """Yield what whoever trains with a config should have read, a line each: which fields do nothing."""
     yield from idle(FIELDS, _values(config))
+    if config.probe.source is not None and config.task != "features":
+        said = f"probe.source={config.probe.source!r} does nothing, as task is {config.task!r}"
+        yield f"{said}: it is read where that is 'features'"
 
 
 def _values(config: ConfigDict) -> dict[str, Any]:

@@ -20,8 +20,10 @@ from tat_jax import (
     failures,
     mirror,
     pictures,
+    probe,
     provenance,
     quantities,
+    representations,
     run_folder,
     sharding,
 )
@@ -35,7 +37,7 @@ from tat_jax.evaluate import evaluate
 from tat_jax.losses import Own
 from tat_jax.networks import Network, OwnNetwork
 from tat_jax.networks.view import watch
-from tat_jax.tasks import TASKS
+from tat_jax.tasks import TASKS, task_of
 from tat_jax.usage import other_classes
 from tat_jax.weights import folders
 from tat_jax.weights.remote import at_hand, step_of, whole
@@ -163,8 +165,10 @@ def describe_network(network: Network, *, head: str) -> str:
 
 def title_of_measure(config: ConfigDict) -> str:
     """Return what the best measure of a config's task is called; its task may be one that there is not."""
-    task = TASKS.get(config.get("task"))
-    return task.titles[task().best] if task else "measure"
+    if config.get("task") not in TASKS:
+        return "measure"
+    task = task_of(config)
+    return task.titles[task.best] if task.needs_head else "features"
 
 
 def measure_teacher(
@@ -173,6 +177,8 @@ def measure_teacher(
     """Evaluate the teacher on the images of a sample, as `evaluate` does a run."""
     if teacher is None:
         return "left out: there is no teacher", None
+    if not task_of(config).needs_head:
+        return _measure_features(config, teacher, sample, mesh)
     if teacher.origin["head"] == "fresh":
         return "left out: its head is not trained", None
     if teacher.origin["head"] == "random":
@@ -181,18 +187,7 @@ def measure_teacher(
         return f"left out: {wrong}", None
     if watch(teacher.view, (), config.data.image_size).logits is None:
         return "left out: it gives no logits", None
-    task = TASKS[config.task]()
-    data = Pipeline(
-        sample,
-        task,
-        config.data,
-        batch_size=sharding.round_up(min(config.batch_size, len(sample)), mesh),
-        train=False,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        threads=config.data.threads,
-    )
+    task, data = task_of(config), _read_once(config, sample, mesh)
     graph, state = nnx.split(teacher.view)
     state = sharding.put(state, teacher_place(config, mesh), what="the teacher's weights")
     evaluation = evaluate(graph, state, task, data, mesh, show=False)
@@ -204,6 +199,36 @@ def measure_teacher(
         "order of those it was trained on?"
     )
     return f"{evaluation}{note if poor else ''}", None
+
+
+def _measure_features(config: ConfigDict, teacher: Network, sample: Sample, mesh: Mesh) -> tuple[str, None]:
+    """Say how many directions the teacher's features of a sample have.
+
+    Raises:
+        ValueError: it has no such tap.
+    """
+    tap = config.probe.teacher_tap
+    graph, state = nnx.split(teacher.view)
+    state = sharding.put_whole(state, mesh, what="the teacher's weights")
+    (found, _), skipped = probe.extract((graph, state), tap, _read_once(config, sample, mesh), mesh)
+    rank, channels = representations.effective_rank(found), found.shape[1]
+    left_out = f" ({skipped} unreadable skipped)" if skipped else ""
+    return f"{tap}: {channels:,} channels, effective rank {rank:.1f} on {len(found)} images{left_out}", None
+
+
+def _read_once(config: ConfigDict, sample: Sample, mesh: Mesh) -> Pipeline:
+    """Return the images of a sample as they are evaluated."""
+    return Pipeline(
+        sample,
+        task_of(config),
+        config.data,
+        batch_size=sharding.round_up(min(config.batch_size, len(sample)), mesh),
+        train=False,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=config.data.threads,
+    )
 
 
 def build_training(

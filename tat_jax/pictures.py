@@ -38,8 +38,8 @@ def plot_run(rows: Rows, path: Path, terms: Sequence[str], task: Task) -> None:
     loss.set(xlabel="step", ylabel="loss", title="Training", yscale="log")
     for name, title in task.titles.items():
         steps, values = _column(rows, f"eval/{name}")
-        measures.plot(steps, 100 * values, marker=".", label=title)
-    measures.set(xlabel="step", ylabel=f"{', '.join(task.titles.values())}, %", title="Validation")
+        measures.plot(steps, task.shown(values), marker=".", label=title)
+    measures.set(xlabel="step", ylabel=_of_unit(", ".join(task.titles.values()), task), title="Validation")
     for axes in (loss, measures):
         axes.grid(alpha=0.3)
         _count(axes)
@@ -60,15 +60,17 @@ def plot_study(runs: Mapping[str, Sequence[Rows]], teacher: float | None, path: 
     figure = _figure(8, 5)
     axes = figure.subplots()
     if teacher is not None:
-        axes.axhline(100 * teacher, color="black", linestyle="--", label=f"teacher {100 * teacher:.1f} %")
+        of_teacher = task.shown(teacher)
+        label = f"teacher {of_teacher:.1f} {task.unit}".strip()
+        axes.axhline(of_teacher, color="black", linestyle="--", label=label)
     for name, seeds in runs.items():
         epochs = _column(seeds[0], f"eval/{task.best}", by="epoch")[0]
-        values = 100 * np.stack([_column(rows, f"eval/{task.best}")[1] for rows in seeds])
+        values = task.shown(np.stack([_column(rows, f"eval/{task.best}")[1] for rows in seeds]))
         mean, deviation = values.mean(0), values.std(0, ddof=1) if len(seeds) > 1 else 0
-        (line,) = axes.plot(epochs, mean, label=f"{name} {mean[-1]:.1f} %")
+        (line,) = axes.plot(epochs, mean, label=f"{name} {mean[-1]:.1f} {task.unit}".strip())
         axes.fill_between(epochs, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.2)
     title = "Students, mean ± standard deviation over seeds"
-    axes.set(xlabel="epoch", ylabel=f"validation {task.titles[task.best]}, %", title=title)
+    axes.set(xlabel="epoch", ylabel=_of_unit(f"validation {task.titles[task.best]}", task), title=title)
     axes.grid(alpha=0.3)
     _count(axes)
     axes.legend(loc="lower right")
@@ -209,6 +211,10 @@ def _caption(label: Label, name: str, source: Source) -> str:
     if classes and 0 <= label < len(classes):
         return printable(classes[label])
     return str(label)
+
+
+def _of_unit(what: str, task: Task) -> str:
+    return f"{what}, {task.unit}" if task.unit else what
 
 
 def _figure(width: float, height: float) -> "Figure":

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from tat_jax import inspection, networks, sharding, topology
 from tat_jax.build import Built, build
 from tat_jax.compiled import Program
+from tat_jax.data.pipeline import source_of
 from tat_jax.data.source import SPLITS, class_names
-from tat_jax.data.sources import open_source
 from tat_jax.losses import Own
 from tat_jax.networks import Network, OwnNetwork
 from tat_jax.quantities import count, duration, size
@@ -72,7 +72,7 @@ def find_data(config: ConfigDict) -> tuple[str, Data]:
         ValueError: the config does not fit them.
     """
     try:
-        train, val = (open_source(config.data, split) for split in SPLITS)
+        train, val = (source_of(config, split) for split in SPLITS)
     except FileNotFoundError as error:
         if config.data.source not in _KNOWN:
             raise

@@ -30,7 +30,7 @@ from tat_jax.networks import OwnNetwork
 from tat_jax.predictions import WRITERS, Writer
 from tat_jax.quantities import count
 from tat_jax.signals import Interrupted, StopSignals
-from tat_jax.tasks import TASKS
+from tat_jax.tasks import task_of
 from tat_jax.tasks.task import Task
 
 
@@ -90,7 +90,7 @@ def run(
     source = UnlabelledFolder(images)
     _check_apart(source, images, out)
     network, named = evaluate.load(config, folder, which, student=student)
-    mesh, task = sharding.make_mesh(), TASKS[config.task]()
+    mesh, task = sharding.make_mesh(), task_of(config)
     config = config.copy_and_resolve_references()
     config.data.skip_broken = True
     batch_size = sharding.round_up(min(config.batch_size, len(source)), mesh)

@@ -14,7 +14,7 @@ from tat_jax.buckets import Bucket, Place
 from tat_jax.build import all_terms, read_teacher
 from tat_jax.fields import Field, Fields, Rule, renew, whole, wrong
 from tat_jax.metrics import last_and_best, read_rows
-from tat_jax.tasks import TASKS
+from tat_jax.tasks import task_of
 from tat_jax.tasks.task import Task
 
 _TEACHER = "teacher"  # its folder, and its line of the table
@@ -86,7 +86,7 @@ def run(config: ConfigDict, folder: str | Place) -> str:
             experiment.check(training)
             run_folder.changes(training, place, experiment.FIELDS)
     _keep_config(config, folder)
-    task = TASKS[config.task]()
+    task = task_of(config)
     of_teacher = _measure_teacher(config, teacher, students, folder, task)
     rows = {}
     for name, of_seeds in students.items():
@@ -94,7 +94,7 @@ def run(config: ConfigDict, folder: str | Place) -> str:
     table = compare(task, of_teacher, rows)
     if jax.process_index() == 0:
         (folder / "table.txt").write_text(f"{table}\n")
-        best = None if of_teacher is None else of_teacher[f"eval/{task.best}"]
+        best = None if of_teacher is None else of_teacher.get(f"eval/{task.best}")
         pictures.plot_study(rows, best, folder / "curves.png", task)
     return f"\n{table}\n"
 
@@ -240,7 +240,7 @@ def compare(
     """
     columns = task.columns or ((task.best, "last"),)
     names = max(map(len, (_TEACHER, *students))) + 2
-    what = "% (mean ± standard deviation)"
+    what = f"{task.unit} (mean ± standard deviation)".strip()
     if len(columns) == 1:
         heads, lines = [""], [f"{'':{names}}validation {task.titles[columns[0][0]]}, {what}"]
     else:
@@ -251,18 +251,22 @@ def compare(
         cells = (f"{head:{width}}" for head in heads)
         lines.append(f"{'':{names}}{''.join(cells)}({heads[0]} of each seed)")
     if teacher is not None:
-        cells = (f"{_percent([teacher[f'eval/{measure}']]):{width}}" for measure, _ in columns)
+        of_teacher = (teacher.get(f"eval/{measure}") for measure, _ in columns)
+        cells = (f"{'' if m is None else _mean(task.shown(np.array([m]))):{width}}" for m in of_teacher)
         lines.append(f"{_TEACHER:{names}}{''.join(cells)}".rstrip())
     for name, seeds in students.items():
         ends = [last_and_best(rows, f"eval/{task.best}") for rows in seeds]
-        of_columns = [[end[which][f"eval/{measure}"] for end in ends] for measure, which in columns]
-        cells = (f"{_percent(values):{width}}" for values in of_columns)
-        of_seeds = ", ".join(f"{100 * value:.2f}" for value in of_columns[0])
+        of_columns = [
+            task.shown(np.array([end[which][f"eval/{measure}"] for end in ends]))
+            for measure, which in columns
+        ]
+        cells = (f"{_mean(values):{width}}" for values in of_columns)
+        of_seeds = ", ".join(f"{value:.2f}" for value in of_columns[0])
         lines.append(f"{name:{names}}{''.join(cells)}{'' if heads[1:] else '   '}({of_seeds})")
     return "\n".join(lines)
 
 
-def _percent(values: Sequence[float]) -> str:
-    """Return the mean of fractions and, of several, the standard deviation, in percent."""
-    deviation = f" ± {100 * np.std(values, ddof=1):4.2f}" if len(values) > 1 else ""
-    return f"{100 * np.mean(values):6.2f}{deviation}"
+def _mean(values: np.ndarray) -> str:
+    """Return the mean of numbers and, of several, the standard deviation."""
+    deviation = f" ± {np.std(values, ddof=1):4.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):6.2f}{deviation}"

@@ -12,7 +12,7 @@ from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.source import notes
 from tat_jax.evaluate import describe
 from tat_jax.quantities import count
-from tat_jax.tasks import TASKS
+from tat_jax.tasks import task_of
 
 
 def summarize(config: ConfigDict, built: Built, data: Pipeline, eval_data: Pipeline, mesh: Mesh) -> list[str]:
@@ -57,7 +57,7 @@ def left_over(config: ConfigDict, steps_per_epoch: int) -> list[str]:
 
 def report(config: ConfigDict, evaluations: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a line for each of the evaluations that `train.run` returns, and the table of the task's."""
-    task, lines = TASKS[config.task](), []
+    task, lines = task_of(config), []
     measures = {
         which: {name.removeprefix("eval/"): row[name] for name in row if name.startswith("eval/")}
         for which, row in evaluations.items()

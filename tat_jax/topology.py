@@ -26,7 +26,7 @@ from tat_jax.build import Built, teacher_place
 from tat_jax.compiled import Program, describe
 from tat_jax.evaluate import jit_eval_step
 from tat_jax.step import jit_train_step
-from tat_jax.tasks import TASKS
+from tat_jax.tasks import task_of
 
 _NAME = re.compile(r"\w+[:=]\d+(x\d+)*(_\w+)?")
 _KNOWN = "a kind of chip and its grid, as v4:2x2x4, v5e:2x4, v5p:2x2x2, v6e:8x8 or tpu7x:2x2x1"
@@ -154,7 +154,7 @@ def compile_evaluation(
 
 
 def _batch(config: ConfigDict, pod: Pod, images: int, source: Any, *, train: bool) -> Any:
-    side, task = config.data.image_size, TASKS[config.task]()
+    side, task = config.data.image_size, task_of(config)
     label = task.blank_label(config.data, source, train=train)
     split = sharding.batched(pod.mesh)
 

@@ -18,7 +18,7 @@ from tat_jax.checkpoints import Restored, RunCheckpoints, read_provenance
 from tat_jax.data.pipeline import Pipeline, check_same, open_pipeline
 from tat_jax.data.source import class_names, some
 from tat_jax.distill import student_views
-from tat_jax.evaluate import Evaluation, Stopped, evaluate
+from tat_jax.evaluate import Evaluation, Stopped, open_evaluator
 from tat_jax.gallery import Gallery
 from tat_jax.losses import Own
 from tat_jax.metrics import MetricWriter, Row, StepLog, is_evaluation, last_and_best, progress, read_rows
@@ -103,6 +103,7 @@ class _Training:
         self._config, self._place, self._mesh, self._built = config, place, mesh, built
         self._data, self._eval_data = data, eval_data
         self._show = jax.process_index() == 0
+        self._evaluator = open_evaluator(config, eval_data, mesh, built)
         self._step_fn = jit_train_step(built.recipe, mesh)
         self._agreement = sharding.Agreement(mesh)
         source = data.source
@@ -120,7 +121,7 @@ class _Training:
             folder, self._folder, self._check_is_there = work.folder, work.folder, work.check
             self._checkpoints = opened.enter_context(RunCheckpoints(folder, is_shared=work.is_shared))
             self._signals = opened.enter_context(StopSignals())
-            for data in (self._data, self._eval_data):
+            for data in (self._data, self._eval_data, self._evaluator):
                 opened.callback(data.close)
             of_parts = provenance.changes(read_provenance(folder), self._provenance, place)
             restored = self._restore()
@@ -243,11 +244,9 @@ class _Training:
         self._log.flush()
         try:
             found = {
-                name: evaluate(
+                name: self._evaluator(
                     *view,
-                    self._built.recipe.task,
-                    self._eval_data,
-                    self._mesh,
+                    self._state,
                     show=self._show,
                     stop_signal=lambda: self._wishes()[0],
                 )

@@ -11,7 +11,7 @@ from tat_jax.data.image_folder import imagenet_classes
 from tat_jax.data.source import Source, class_colours, class_names
 from tat_jax.networks import Network
 from tat_jax.networks.view import MEAN, STD
-from tat_jax.tasks import TASKS
+from tat_jax.tasks import task_of
 
 Usage = dict[str, Any]
 
@@ -24,7 +24,7 @@ def usage_of(config: ConfigDict, network: Network, source: Source) -> Usage:
         network: has the mean and the standard deviation of its images.
         source: what it is trained on: how many classes, and what of their names and colours is known.
     """
-    task, classes, colours = TASKS[config.task](), class_names(source), class_colours(source)
+    task, classes, colours = task_of(config), class_names(source), class_colours(source)
     return {
         "num_classes": source.num_classes,
         "classes": None if classes is None else list(classes),

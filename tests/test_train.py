@@ -246,15 +246,15 @@ def test_a_run_that_was_stopped_anywhere_equals_the_uninterrupted_one(tmp_path, 
 
 
 def test_a_run_that_was_stopped_during_an_evaluation_does_that_again(tmp_path, uninterrupted, monkeypatch):
-    evaluations = []
+    evaluations, whole = [], evaluate.evaluate
 
     def evaluate_second_time_interrupted(*arguments, **options):
         evaluations.append(arguments)
         if len(evaluations) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate.evaluate(*arguments, **options)
+        return whole(*arguments, **options)
 
-    monkeypatch.setattr(train, "evaluate", evaluate_second_time_interrupted)
+    monkeypatch.setattr(evaluate, "evaluate", evaluate_second_time_interrupted)
     with pytest.raises(Interrupted, match="stopped at step 6 of 12") as stopped:
         run(config_of(epochs=4), tmp_path)
     assert stopped.value.signal == signal.SIGTERM

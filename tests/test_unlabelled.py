@@ -1,5 +1,8 @@
 """Without labels: networks without a head, the losses that refuse them, and images that have no classes."""
 
+import io
+import tarfile
+
 import jax
 import numpy as np
 import pytest
@@ -8,10 +11,13 @@ from flax import nnx
 from tat_jax import fields, networks, sharding
 from tat_jax.build import build
 from tat_jax.configs import base
+from tat_jax.data.pipeline import open_pipeline
+from tat_jax.data.sources import open_source
 from tat_jax.networks.view import View
 from tat_jax.weights import store
 from tat_jax.weights.names import export_entries
 from tat_jax.weights.store import StoredNetwork
+from tests.images import encode, photograph
 from tests.tiny import Tiny
 
 NARROW = {"architecture": "resnet18", "small_images": True, "width": 2}
@@ -162,3 +168,102 @@ def test_what_compares_taps_alone_trains_without_labels_and_without_heads():
 def test_kd_needs_no_labels_where_both_networks_have_a_head():
     own = Tiny(2, rngs=nnx.Rngs(0))
     assert training(0, kd=1.0, of_student=own, of_teacher=own).recipe.teacher_has_head
+
+
+def images_of(root, split, **changes):
+    config = base.base().data
+    config.update({"source": "images", "root": str(root), **changes})
+    return open_source(config, split)
+
+
+def names_of(source):
+    return [source[index].name.rpartition("/")[2] for index in range(len(source))]
+
+
+def tar_of(path, names):
+    with tarfile.open(path, "w") as tar:
+        for i, name in enumerate(names):
+            member = tarfile.TarInfo(name)
+            member.size = len(data := encode(photograph(12, 16, seed=i)))
+            tar.addfile(member, io.BytesIO(data))
+
+
+TREE = [f"{folder}/{i}.jpg" for folder in ("a", "b/c") for i in range(5)]
+
+
+def test_of_a_tree_of_folders_an_evenly_spaced_share_is_held_out_and_all_others_are_trained_on(folder):
+    root = folder(*TREE)
+    train, val = (images_of(root, split, held_out=0.3) for split in ("train", "val"))
+    assert (len(train), len(val)) == (7, 3)
+    of_both = [source[i].name for source in (train, val) for i in range(len(source))]
+    assert sorted(of_both) == sorted(str(root / path) for path in TREE)
+    assert train.notes == ["3 of 10 images, evenly spaced, are held out (data.held_out=0.3)"]
+    assert (train.num_classes, train[0].label) == (0, None)
+
+
+def test_train_and_val_are_taken_whole_where_both_are_there(folder):
+    root = folder("train/x/1.jpg", "train/2.jpg", "val/3.jpg")
+    assert names_of(images_of(root, "train")) == ["2.jpg", "1.jpg"]
+    assert names_of(images_of(root, "val")) == ["3.jpg"]
+
+
+def test_a_text_file_lists_paths_relative_to_its_own_folder(folder):
+    root = folder(*TREE)
+    listed = root / "b" / "list.txt"
+    listed.write_text(f"c/3.jpg\n../a/1.jpg\n\n{root}/a/0.jpg\n")
+    assert names_of(images_of(listed, "train")) == ["1.jpg", "0.jpg"]
+    assert names_of(images_of(listed, "val")) == ["3.jpg"]
+
+
+def test_tar_files_of_images_need_no_classes_beside_them(tmp_path):
+    tar_of(tmp_path / "0.tar", ["x/1.jpg", "2.jpg"])
+    tar_of(tmp_path / "1.tar", ["3.jpg", "4.cls.txt", "5.png"])
+    whole = [images_of(tmp_path, split) for split in ("val", "train")]
+    assert list(map(names_of, whole)) == [["1.jpg"], ["2.jpg", "3.jpg", "5.png"]]
+    assert isinstance(whole[1][0].image, bytes)
+
+
+def test_nothing_to_learn_from_is_said_in_a_line(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^no folder or file .*/nowhere; data.root is a folder of"):
+        images_of(tmp_path / "nowhere", "train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"^no images in .*/empty \("):
+        images_of(tmp_path / "empty", "train")
+    root = folder("a/1.jpg")
+    with pytest.raises(ValueError, match=r"^data.root has one image, and at least two are needed"):
+        images_of(root / "a", "train")
+    (root / "list.txt").write_text("a/1.jpg\na/2.jpg\n")
+    with pytest.raises(FileNotFoundError, match=r"list.txt, line 2: there is no file .*/a/2.jpg$"):
+        images_of(root / "list.txt", "train")
+    (root / "list.txt").write_text("\n")
+    with pytest.raises(FileNotFoundError, match=r"list.txt lists no images; data.root is"):
+        images_of(root / "list.txt", "train")
+
+
+def test_a_tar_file_that_is_cut_short_is_named(tmp_path):
+    tar_of(tmp_path / "0.tar", ["1.jpg", "2.jpg"])
+    with (tmp_path / "0.tar").open("r+b") as file:
+        file.truncate(1300)
+    with pytest.raises(ValueError, match=r"^.*/0.tar is damaged \(it is cut short"):
+        images_of(tmp_path, "train")
+
+
+def test_classification_takes_no_images_without_classes(folder):
+    config = base.base()
+    config.data.update({"source": "images", "root": str(folder(*TREE))})
+    with pytest.raises(ValueError, match=r"^the images have no classes, .*: take --config.task=features$"):
+        open_pipeline(config, "train")
+    config.task = "features"
+    batch = next(open_pipeline(config, "train", batch_size=2).epoch(0))
+    assert batch.label is None
+    assert batch.image.shape == (2, 224, 224, 3)
+
+
+@pytest.mark.parametrize("source", ["digits", "digit_masks"])
+def test_features_take_any_source_without_its_labels(source):
+    config = base.base()
+    config.task = "features"
+    config.data.update({"source": source, "image_size": 16, "eval_resize": 16, "threads": 0})
+    data = open_pipeline(config, "train", batch_size=2)
+    assert data.source.num_classes == 0
+    assert next(data.epoch(0)).label is None

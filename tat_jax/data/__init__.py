@@ -7,7 +7,19 @@ from ml_collections import ConfigDict
 
 from tat_jax.data.image_folder import FOLDERS
 from tat_jax.data.sources import SOURCES
-from tat_jax.fields import FOLDER, TEXT, YES_OR_NO, Field, numbers, one_of, or_none, whole
+from tat_jax.fields import (
+    FOLDER,
+    TEXT,
+    YES_OR_NO,
+    Field,
+    Fields,
+    Rule,
+    is_number,
+    numbers,
+    one_of,
+    or_none,
+    whole,
+)
 
 
 def eval_resize(data: ConfigDict | Mapping[str, Any]) -> int:
@@ -16,15 +28,31 @@ def eval_resize(data: ConfigDict | Mapping[str, Any]) -> int:
     return round(data["image_size"] * 256 / 224) if said is None else said
 
 
-_CLASSED = ("source", one_of("imagefolder", "webdataset", "tfds", "digits"))  # whose labels are numbers
+_WITH_CLASSES = ("imagefolder", "webdataset", "tfds", "digits")  # whose labels are numbers
+_CROPPED = ("source", one_of(*_WITH_CLASSES, "images"))  # whose crops show a part of the image
 _MAPPED = ("source", one_of("voc", "cocostuff", "label_folder", "digit_masks"))  # whose labels are maps
 # Whose images are files.
-_ENCODED = ("source", one_of("imagefolder", "webdataset", "tfds", "voc", "cocostuff", "label_folder"))
+_ENCODED = (
+    "source",
+    one_of("imagefolder", "images", "webdataset", "tfds", "voc", "cocostuff", "label_folder"),
+)
+_PART = Rule("a number between 0 and 1, neither of them", lambda value: is_number(value) and 0 < value < 1)
 _RANGE = numbers(2, "two numbers greater than 0, the second not less", lambda low, high: 0 < low <= high)
 
 FIELDS = {
     "source": Field("imagefolder", one_of(*SOURCES), "where the images come from"),
-    "root": Field("data/imagenet", FOLDER, "holds train/ and val/; for tfds its data_dir", may_change=True),
+    "root": Field(
+        "data/imagenet",
+        FOLDER,
+        "holds train/ and val/; for tfds its data_dir; for images any folder or list of them",
+        may_change=True,
+    ),
+    "held_out": Field(
+        0.05,
+        _PART,
+        "the share of the images, evenly spaced, that evaluation has where root has no train/ and val/",
+        only_with=("source", one_of("images")),
+    ),
     "tfds_name": Field("imagenet2012", TEXT, "the data set", only_with=("source", one_of("tfds"))),
     "labels_per_class": Field(
         int,
@@ -57,7 +85,7 @@ FIELDS = {
         or_none(whole(1)),
         "the shorter side from which evaluation cuts the centre; None: image_size · 256 / 224",
         none_is=eval_resize,
-        only_with=_CLASSED,
+        only_with=_CROPPED,
     ),
     "crop_scale": Field(
         (0.08, 1.0),
@@ -68,14 +96,14 @@ FIELDS = {
         ),
         "range of a training crop's share of the image's area",
         may_change=True,
-        only_with=_CLASSED,
+        only_with=_CROPPED,
     ),
     "crop_ratio": Field(
         (3 / 4, 4 / 3),
         _RANGE,
         "range of its width / height",
         may_change=True,
-        only_with=_CLASSED,
+        only_with=_CROPPED,
     ),
     "flip": Field(True, YES_OR_NO, "mirror half of the training images", may_change=True),
     "scale_range": Field(
@@ -113,4 +141,20 @@ FIELDS = {
     ),
     "threads": Field(16, whole(0), "that read ahead; 0 reads between the steps", may_change=True),
     "skip_broken": Field(False, YES_OR_NO, "go on without images that do not decode", may_change=True),
+}
+
+_PROBED = ("source", Rule("a source", lambda value: value is not None))
+# Labelled images by which task=features measures what features are good for.
+PROBE: Fields = {
+    "source": Field(
+        str, or_none(one_of(*_WITH_CLASSES)), "labelled images to measure features by; None: there are none"
+    ),
+    "root": FIELDS["root"]._replace(
+        meaning="holds their train/ and, if there is one, val/", only_with=_PROBED
+    ),
+    **{name: FIELDS[name] for name in ("tfds_name", "labels_per_class", "classes")},
+    "student_tap": Field(
+        "pooled", TEXT, "the student's features, of maps and tokens their mean over positions"
+    ),
+    "teacher_tap": Field("pooled", TEXT, "the teacher's likewise", only_with=_PROBED),
 }

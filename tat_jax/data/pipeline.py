@@ -20,7 +20,7 @@ from tat_jax.data.source import Label, Source, class_names, spread
 from tat_jax.data.sources import open_source
 from tat_jax.data.transforms import DecodeError
 from tat_jax.data.workers import AHEAD, HELD, INTERPRETER, Workers
-from tat_jax.tasks import TASKS
+from tat_jax.tasks import task_of
 
 # Rows that one thread makes at a time. Less than a batch, so that all threads work on the first batch of an
 # epoch and on the last; enough that handing them over costs nothing.
@@ -252,9 +252,19 @@ def open_pipeline(config: ConfigDict, split: str, *, batch_size: int | None = No
         FileNotFoundError: the images are not there.
         ValueError: the config does not fit them or itself.
     """
-    source, task = open_source(config.data, split), TASKS[config.task]()
+    source, task = source_of(config, split), task_of(config)
     batch_size = batch_size or config.batch_size
     return pipeline_of(config, source, task, batch_size=batch_size, train=split == "train")
+
+
+def source_of(config: ConfigDict, split: str) -> Source:
+    """Open the split `train` or `val` of a config's data as its task takes it.
+
+    Raises:
+        FileNotFoundError: the images are not there.
+        ValueError: no such source or split, or the files cannot be what they should be.
+    """
+    return task_of(config).take(open_source(config.data, split))
 
 
 def pipeline_of(
@@ -290,6 +300,7 @@ def check_same(config: ConfigDict, *pipelines: Pipeline) -> None:
         "data": ("root", "sbd_root", "threads", "processes"),
         "student": ("weights",),
         "teacher": ("weights",),
+        "probe": ("root",),
     }
     for part, names in own.items():
         shared[part] = {name: value for name, value in shared[part].items() if name not in names}

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from tat_jax.data.pipeline import Pipeline, open_pipeline
 from tat_jax.data.source import Example, Source, class_colours, class_names, largest_image, notes, spread
 from tat_jax.quantities import count
-from tat_jax.tasks import TASKS
+from tat_jax.tasks import task_of
 
 _IMAGES = 64
 
@@ -48,7 +48,7 @@ def open_data(config: ConfigDict, split: str) -> tuple[str, Pipeline]:
     if split == "train":
         more = f"{count(data.steps_per_epoch, 'step')} an epoch"
     else:
-        more = TASKS[config.task]().preparation(config.data)
+        more = task_of(config).preparation(config.data)
     lines = [
         f"{count(len(data.source), 'image')}, {count(data.source.num_classes, 'class', 'classes')}, {more}"
     ]
@@ -64,7 +64,7 @@ def read_sample(config: ConfigDict, data: Pipeline, split: str) -> tuple[str, Sa
     sample = Sample(data.source)
     reader = Pipeline(
         sample,
-        TASKS[config.task](),
+        task_of(config),
         config.data,
         batch_size=1,
         train=split == "train",

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 from tat_jax.data.coco_stuff import CocoStuff
 from tat_jax.data.digit_masks import DigitMasks
 from tat_jax.data.image_folder import ImageFolder
+from tat_jax.data.images import Images
 from tat_jax.data.label_folder import LabelFolder
 from tat_jax.data.source import SPLITS, Example, NamedSource, Source
 from tat_jax.data.tfds import Tfds
@@ -59,6 +60,7 @@ class Digits:
 
 SOURCES: dict[str, type[NamedSource]] = {
     "imagefolder": ImageFolder,
+    "images": Images,
     "webdataset": WebDataset,
     "tfds": Tfds,
     "digits": Digits,

@@ -48,6 +48,36 @@ class Shards:
     passed: PassedOver
 
 
+class ShardImages:
+    """The images of a split's tar files, read one by one.
+
+    Args:
+        folder: holds the split.
+        split: holds files that end in `.tar`, see `list_shards`.
+
+    Attributes:
+        shards: what was found.
+    """
+
+    def __init__(self, folder: Folder, split: str):
+        self._folder, self.shards = folder, list_shards(folder, split)
+        self._files = list(self.shards.files.items())
+
+    def __len__(self) -> int:
+        return len(self.shards.names)
+
+    def read(self, index: int) -> tuple[bytes, str]:
+        """Return an image, and what errors call it."""
+        path, entry = self._files[self.shards.shard[index]]
+        start, size = int(self.shards.start[index]), int(self.shards.size[index])
+        return self._folder.read_part(path, entry, start, size), self.name(index)
+
+    def name(self, index: int) -> str:
+        """Return what errors call an image."""
+        path, _ = self._files[self.shards.shard[index]]
+        return printable(f"{self._folder.root}/{path}/{self.shards.names[index]}")
+
+
 def list_shards(folder: Folder, split: str) -> Shards:
     """Return the images of a split's tar files: files by name, and in each the images as they come.
 

@@ -6,8 +6,8 @@ from ml_collections import ConfigDict
 from tat_jax.buckets import Place
 from tat_jax.data.class_names import CLASSES, read_lines
 from tat_jax.data.folders import open_folder
-from tat_jax.data.source import Example, Source, printable, some
-from tat_jax.data.tar_shards import UNLABELLED, list_shards
+from tat_jax.data.source import Example, Source, some
+from tat_jax.data.tar_shards import UNLABELLED, ShardImages, list_shards
 
 _LAYOUT = "shards belong in {root}/train/ and {root}/val/, as 00000.tar"
 
@@ -35,8 +35,8 @@ class WebDataset:
 
     def __init__(self, root: str | Place, split: str):
         self._folder = open_folder(root, _LAYOUT)
-        self._shards = list_shards(self._folder, split)
-        self._files = list(self._shards.files.items())
+        self._images = ShardImages(self._folder, split)
+        self._shards = self._images.shards
         self.classes = read_lines(self._folder.root)
         if self.classes is not None:
             self.num_classes = len(self.classes)
@@ -56,23 +56,17 @@ class WebDataset:
         return cls(data.root, split)
 
     def __len__(self) -> int:
-        return len(self._shards.names)
+        return len(self._images)
 
     def __getitem__(self, index: int) -> Example:
-        shards = self._shards
-        path, entry = self._files[shards.shard[index]]
-        image = self._folder.read_part(path, entry, int(shards.start[index]), int(shards.size[index]))
-        return Example(image, int(shards.label[index]), self._name(index))
-
-    def _name(self, index: int) -> str:
-        path, _ = self._files[self._shards.shard[index]]
-        return printable(f"{self._folder.root}/{path}/{self._shards.names[index]}")
+        image, name = self._images.read(index)
+        return Example(image, int(self._shards.label[index]), name)
 
     def _check_labels(self) -> None:
         """Raise a ValueError unless each image has the index of a class."""
         labels = self._shards.label
         if (wrong := np.flatnonzero(labels == UNLABELLED)).size:
-            name = self._name(int(wrong[0]))
+            name = self._images.name(int(wrong[0]))
             raise ValueError(
                 f"{name} has no class index beside it, as a file of its name that ends in .cls; of "
                 f"{len(labels):,} images {len(wrong):,} have none"
@@ -81,7 +75,8 @@ class WebDataset:
             first = int(wrong[0])
             says = f"{CLASSES} names" if self.classes is not None else "train has"
             raise ValueError(
-                f"{self._name(first)} is of class {labels[first]}, and {says} {self.num_classes:,}, from 0 on"
+                f"{self._images.name(first)} is of class {labels[first]}, and {says} {self.num_classes:,}, "
+                "from 0 on"
             )
 
     def _notes_of_classes(self, split: str) -> list[str]:

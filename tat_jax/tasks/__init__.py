@@ -5,6 +5,8 @@ import inspect
 import pkgutil
 from collections.abc import Iterator
 
+from ml_collections import ConfigDict
+
 from tat_jax.fields import Field, one_of
 from tat_jax.tasks.task import Task
 
@@ -13,11 +15,18 @@ def _tasks() -> Iterator[tuple[str, type[Task]]]:
     for found in pkgutil.iter_modules(__path__, f"{__name__}."):
         module = importlib.import_module(found.name)
         for name, value in inspect.getmembers(module, inspect.isclass):
-            if issubclass(value, Task) and value is not Task and value.__module__ == module.__name__:
+            is_own = issubclass(value, Task) and value is not Task and value.__module__ == module.__name__
+            if is_own and name[0] != "_":
                 yield name.lower(), value
 
 
 # By the names that a config gives them: those of their classes, in small letters.
 TASKS: dict[str, type[Task]] = dict(_tasks())
+
+
+def task_of(config: ConfigDict) -> Task:
+    """Return the task that a config names."""
+    return TASKS[config.task].of(config)
+
 
 FIELD = Field("classification", one_of(*TASKS), "what a label is, and what is measured")

@@ -25,7 +25,15 @@ class Classification(Task):
     transform = staticmethod(crop)
 
     def blank_label(self, data: ConfigDict, source: Source, *, train: bool) -> Int[np.ndarray, ""]:
-        """Return the integer 0."""
+        """Return the integer 0.
+
+        Raises:
+            ValueError: the images have no classes.
+        """
+        if source.num_classes == 0:
+            raise ValueError(
+                "the images have no classes, which task='classification' counts: take --config.task=features"
+            )
         return np.zeros((), np.int32)
 
     def check(self, data: ConfigDict) -> None:

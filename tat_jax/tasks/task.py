@@ -19,16 +19,29 @@ class Task(ABC):
     """All that is said of labels and measures; equal ones share a compiled step, so that a field is static.
 
     Attributes:
-        titles: the measures that lines, tables and pictures show in percent, each with what it is called
-            there. By the first one a checkpoint is the best: the higher, the better.
+        titles: the measures that lines, tables and pictures show, each with what it is called there. By the
+            first one a checkpoint is the best: the higher, the better.
         columns: what the table of a study shows, measures of the evaluation after the "last" epoch or of the
             "best" one; none is the best measure after the last epoch.
         poor: the share of the way from chance to 1 that a trained teacher's best measure hardly misses.
+        needs_head: whether it is logits that are measured.
+        unit: of the measures of `titles`: "%" of fractions, which are shown in percent; "" of other numbers.
     """
 
     titles: ClassVar[Mapping[str, str]]
     columns: ClassVar[Sequence[tuple[str, str]]] = ()
     poor: ClassVar[float] = 1 / 5
+    needs_head: ClassVar[bool] = True
+    unit: ClassVar[str] = "%"
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> "Task":
+        """Return the task of a config that names it."""
+        return cls()
+
+    def take(self, source: Source) -> Source:
+        """Return what the task takes of a source: all, but of a task without labels the images alone."""
+        return source
 
     @abstractmethod
     def blank_label(
@@ -128,7 +141,12 @@ class Task(ABC):
 
     def describe(self, measures: Mapping[str, Any]) -> str:
         """Return the measures of a line, as in `top-1 83.20%  top-5 97.10%`."""
-        return "  ".join(f"{title} {measures[name]:.2%}" for name, title in self.titles.items())
+        there = {title: measures[name] for name, title in self.titles.items() if name in measures}
+        return "  ".join(f"{title} {self.shown(value):.2f}{self.unit}" for title, value in there.items())
+
+    def shown(self, measure: Any) -> Any:
+        """Return measures, a number or an array of them, in the task's unit."""
+        return 100 * measure if self.unit else measure
 
     def table(self, evaluations: Mapping[str, Mapping[str, float]]) -> str:
         """Return, as lines, the measures of evaluations, by their names, that a line has no room for."""
