@@ -11,6 +11,12 @@ from tat_jax.losses import LOSSES
 from tat_jax.schedules import is_zero
 
 TAPS = ("layer1", "layer2", "layer3", "layer4")
+# What makes a network of a family small.
+_SMALL = {
+    "resnet": {"width": 8},
+    "vit": {"depth": 2, "embed_dim": 128},
+    "convnext": {"stage_depth": 1, "stem_width": 8},
+}
 DECODER = "decoder"  # the tap of DeepLabV3+ that is distilled
 
 
@@ -82,8 +88,9 @@ def finish(config: ConfigDict, argument: str) -> ConfigDict:
         config.eval_every = 1
         for which in (config.student, config.teacher):
             which.weights = "random"
-            if "resnet" in which.architecture:
-                which.width = 8
+            for family, small in _SMALL.items():
+                if family in which.architecture:
+                    which.update(small)
         if config.task == "segmentation":
             _make_small_segmentation(config)
         else:
