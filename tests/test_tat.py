@@ -481,9 +481,13 @@ def test_the_teacher_asking_is_the_formula_of_the_papers_text(x64):
         ({"embedding_kernel": 2}, "embedding_kernel=2: it is 3, 1, or 0"),
         ({"embedding_kernel": 0}, "the student's has 8, the teacher's 16"),
         ({"embedding_kernel": 0, "trainable_key": True}, "trainable_key needs an embedding"),
+        ({"asks": "both"}, "asks='both': allowed is 'student' or 'teacher'"),
+        ({"scale": "sqrt"}, r"scale='sqrt': allowed is a number greater than 0, or '1/sqrt\(d\)'"),
+        ({"scale": -1.0}, "scale=-1.0: allowed is a number greater than 0"),
+        ({"target_norm": "l2"}, "target_norm='l2': allowed is 'position' or 'channel', or None"),
     ],
 )
-def test_options_that_do_not_fit_are_named(options, message):
+def test_options_that_do_not_fit_are_named(options, message, unchecked):
     with pytest.raises(ValueError, match=message):
         TargetAwareTransformer(8, 16, **options, rngs=nnx.Rngs(0))
 

@@ -251,6 +251,10 @@ class TargetAwareTransformer(Loss):
         bn_group: int | None = None,
         rngs: nnx.Rngs,
     ):
+        for name, value in {"asks": asks, "scale": scale, "target_norm": target_norm}.items():
+            rule = self.options[name].rule
+            if not rule.holds(value):
+                raise ValueError(f"{name}={value!r}: allowed is {rule.allowed}")
         if heads < 1 or teacher_features % heads:
             raise ValueError(f"heads={heads} does not divide the teacher's {teacher_features} channels")
         if embedding_kernel not in (0, 1, 3):
