@@ -350,6 +350,13 @@ def test_positions_that_are_no_square_are_refused():
         converted(entries, DINO)
 
 
+def test_a_head_of_hugging_face_s_dinov2_is_refused_with_the_way_out():
+    entries = entries_of(DINO) | {"head.weight": np.ones((3, 16), np.float32)}
+    with pytest.raises(ValueError, match=r"reads the class token beside the patches' mean.*: --head none or"):
+        converted(entries, DINO)
+    assert converted(entries, DINO, head="none").origin["head"] == "none"
+
+
 def test_a_distillation_token_is_refused_by_name():
     entries = entries_of("deit_tiny_patch16_224", classes=3)
     with pytest.raises(ValueError, match="it has a distillation token; deit_tiny_patch16_224 is"):

@@ -242,6 +242,11 @@ def _read_arguments(name: str, classes: int, entries: Mapping[str, np.ndarray]) 
         raise ValueError(f"it has {found.registers} register tokens, and {name} has {design.registers}")
     if not _WIDTH.holds(found.width):
         raise ValueError(f"its tokens have {found.width} channels; allowed is {_WIDTH.allowed}")
+    if head is not None and head.shape[1:] == (2 * found.width,):
+        raise ValueError(
+            "its head reads the class token beside the patches' mean, which no head does here: --head none "
+            "or --head fresh leaves it out"
+        )
     return {
         "num_classes": len(head) if head is not None and head.ndim == 2 else classes,
         "depth": found.depth if found.depth != design.depth else None,
