@@ -33,7 +33,7 @@ EXPERIMENTS += [seg_teacher, seg_coco_r18, seg_coco_mobilenet, seg_voc_r18, seg_
 NAMES = sorted(flatten_dict(base.base().to_dict(), sep="."))
 TEXT = {"weights", "root", "sbd_root", "tfds_name", "student_tap", "teacher_tap"}
 NONE = {"bn_group", "clip_norm", "labels_per_class", "image_size", "student_tap", "teacher_tap"}
-NONE |= {"classes", "eval_resize", "grey_range", "processes", "sbd_root", "target_norm"}
+NONE |= {"classes", "eval_resize", "grey_range", "processes", "sbd_root", "target_norm", "ema_decay"}
 NONE |= {"mean", "std", "depth", "embed_dim", "position_grid", "stage_depth", "stem_width"}
 # Where 0 means something.
 ZERO = {"seed", "steps_left_out", "checkpoint_minutes", "weight", "embedding_kernel", "weight_decay"}
@@ -46,6 +46,9 @@ ZERO |= {
     "minimum_rate",
     "threads",
     "processes",
+    "mixup",
+    "cutmix",
+    "label_smoothing",
 }
 
 

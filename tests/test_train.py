@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from tat_jax import evaluate, train
+from tat_jax import evaluate, sharding, train
+from tat_jax.build import build
 from tat_jax.configs import (
     base,
     compare,
@@ -327,14 +328,25 @@ def test_an_average_is_neither_begun_nor_dropped_on_the_way_and_none_is_taken_wh
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mixup": 0.2, "batch_size": 1, "bn_group": None}, r"mixup=0.2: a batch of one image has nothing"),
         ({"mixup": -1.0}, r"mixup=-1.0: allowed is a number from 0 on"),
         ({"ema_decay": 1.0}, r"ema_decay=1.0: allowed is a number between 0 and 1"),
     ],
 )
-def test_what_cannot_be_mixed_or_averaged_is_named(tmp_path, changes, message):
+def test_what_is_no_recipe_is_named(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run(config_of(**changes), tmp_path)
+
+
+def test_what_cannot_be_mixed_is_named_before_anything_is_built():
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    config = config_of(mixup=0.2, batch_size=1, bn_group=None)
+    with pytest.raises(ValueError, match=r"^mixup=0.2: a batch of one image has nothing to mix it with"):
+        build(config, mesh, num_classes=10, steps_per_epoch=1)
+    config = config_of(mixup=0.2, cutmix=1.0)
+    config.losses = {"pixel_cross_entropy": base.loss("pixel_cross_entropy", weight=1.0)}
+    said = r"^mixup=0.2 and cutmix=1: pixel_cross_entropy reads one label for each image, and mixed"
+    with pytest.raises(ValueError, match=said):
+        build(config, mesh, num_classes=10, steps_per_epoch=1)
 
 
 def test_a_folder_where_a_run_is_at_work_is_refused(tmp_path):
