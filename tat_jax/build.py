@@ -311,7 +311,14 @@ def shapes_of(
             continue
         taps = {term.options[f"{which}_tap"]: term.name for term in terms if f"{which}_tap" in term.options}
         try:
-            found.append(watch(network.view, tuple(taps), config.data.image_size))
+            shapes = watch(network.view, tuple(taps), config.data.image_size)
         except ValueError as error:
-            raise ValueError(f"the {which} of {', '.join(taps.values())}: {error}") from None
+            of_terms = f" of {', '.join(taps.values())}" if taps else ""
+            raise ValueError(f"the {which}{of_terms}: {error}") from None
+        if shapes.logits is None and not shapes.taps:
+            raise ValueError(
+                f"the {which} {network.name} gives nothing to learn from: let it return logits, or name taps "
+                "of it"
+            )
+        found.append(shapes)
     return found[0], found[1]

@@ -21,7 +21,8 @@ def usage_of(config: ConfigDict, network: Network, source: Source) -> Usage:
 
     Args:
         config: of its training, whose evaluation prepares images as the network wants them.
-        network: has the mean and the standard deviation of its images.
+        network: has the mean and the standard deviation of its images, and the size to which they are resized
+            for it after that crop.
         source: what it is trained on: how many classes, and what of their names and colours is known.
     """
     task, classes, colours = task_of(config), class_names(source), class_colours(source)
@@ -30,6 +31,7 @@ def usage_of(config: ConfigDict, network: Network, source: Source) -> Usage:
         "classes": None if classes is None else list(classes),
         **({} if colours is None else {"colours": np.asarray(colours).tolist()}),
         "image": task.sizes(config.data),
+        **({} if network.view.image_size is None else {"resized_to": network.view.image_size}),
         "mean": list(network.view.mean),
         "std": list(network.view.std),
     }

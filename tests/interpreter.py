@@ -12,7 +12,7 @@ def run_python(code: str, *options: str) -> subprocess.CompletedProcess:
         [sys.executable, *options, "-c", textwrap.dedent(code)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         cwd=Path(__file__).parent.parent,
         check=True,
     )

@@ -9,8 +9,14 @@ import pytest
 import torch
 from einops import rearrange
 from flax import nnx
+from PIL import Image
 
+from tat_jax.build import all_terms, build_student, build_teacher, shapes_of
+from tat_jax.configs import base
+from tat_jax.data.sources import Digits
+from tat_jax.networks import own
 from tat_jax.networks.view import MEAN, STD, Outputs, View, normalize, watch
+from tat_jax.usage import usage_of
 from tests.tiny import Tiny
 
 SIZE = 8
@@ -412,6 +418,29 @@ def test_a_network_of_another_image_size_sees_what_pytorch_resizes(size, own):
     np.testing.assert_allclose(seen_by(view, pixels(size=size)), expected, atol=1e-4)
 
 
+def resized_by_pillow(crop, size):
+    """Return a crop in another size, each channel resized by itself in floating point."""
+    channels = [Image.fromarray(channel.astype(np.float32)) for channel in np.moveaxis(crop, -1, 0)]
+    return np.stack([channel.resize((size, size), Image.Resampling.BILINEAR) for channel in channels], -1)
+
+
+def test_a_config_s_teacher_and_student_see_one_crop_each_in_its_size_and_by_its_statistics():
+    config = base.base()
+    config.data.image_size = 24
+    of_student = {"image_size": 10, "mean": (0.1, 0.2, 0.3), "std": (1.0, 0.5, 0.25)}
+    config.student = base.network("resnet18", "random", width=2, **of_student)
+    config.teacher = base.network("resnet18", "random", width=2)
+    config.losses.tat.layer4.weight = 1.0
+    student, teacher = build_student(config, 5), build_teacher(config, 5, terms=all_terms(config))
+    crop = pixels(1, 24)
+    expected = (resized_by_pillow(np.asarray(crop[0]), 10) / 255 - of_student["mean"]) / of_student["std"]
+    np.testing.assert_allclose(seen_by(student.view, crop)[0], expected, atol=1e-5)
+    assert usage_of(config, student, Digits("train"))["resized_to"] == 10
+    assert "resized_to" not in usage_of(config, teacher, Digits("train"))
+    expected = (np.asarray(crop[0]) / 255 - np.array(MEAN)) / STD
+    np.testing.assert_allclose(seen_by(teacher.view, crop)[0], expected, atol=1e-5)
+
+
 def test_images_of_the_network_s_own_size_are_not_touched():
     view, plain = (View(network(), image_size=size) for size in (SIZE, None))
     np.testing.assert_array_equal(seen_by(view, pixels()), seen_by(plain, pixels()))
@@ -484,6 +513,87 @@ def test_prefix_tokens_are_no_positions():
     assert taps["features"].shape == (2, 3)
 
 
+def tokens_of(count):
+    """Return a way to call a network that gives so many tokens as a tap."""
+
+    def call(network, images, *, train, where):
+        return Outputs(None, {"tokens": rearrange(images, "b h w c -> b (h w) c")[:, :count]})
+
+    return call
+
+
+def test_tokens_of_a_square_grid_are_a_map_where_the_view_says_so():
+    view = View(network(), call=tokens_of(27), prefix_tokens=2, tokens_as_maps=True)
+    expected = rearrange(images(), "b h w c -> b (h w) c")[:, 2:27].reshape(2, 5, 5, 3)
+    np.testing.assert_array_equal(view(images()).taps["tokens"], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prefix_tokens": 16}, "its 16 tokens leave none after prefix_tokens=16"),
+        ({"prefix_tokens": 20}, "its 16 tokens leave none after prefix_tokens=20"),
+        (
+            {"prefix_tokens": 1, "tokens_as_maps": True},
+            "its 15 tokens after prefix_tokens=1 are no square grid",
+        ),
+    ],
+)
+def test_tokens_that_are_not_the_view_s_positions_are_refused_where_they_are_asked_for(options, said):
+    view = View(network(), call=tokens_of(16), **options)
+    assert view(images()).taps == {}
+    with pytest.raises(ValueError, match=f"no tap tokens: {said}"):
+        watch(view, ("tokens",), SIZE)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x: x[0], r"float32\[8, 8, 3\] for 1 images"),
+        (lambda x: x.astype(jnp.int32), r"int32\[1, 8, 8, 3\] for 1 images"),
+        (lambda x: [x], "a list"),
+    ],
+)
+def test_what_is_no_logits_of_each_image_is_refused_with_the_way_out(change, said):
+    view = View(network(), call=lambda network, images, *, train, where: change(images))
+    with pytest.raises(ValueError, match=f"Network returns {said}, not logits; give its View a `call`"):
+        watch(view, (), SIZE)
+
+
+class First(nnx.Module):
+    """A network whose images have their channels first, and which wants another argument."""
+
+    def __init__(self, *, rngs):
+        self.conv = nnx.Conv(8, 8, (3, 3), rngs=rngs)
+
+    def __call__(self, images, rngs):
+        return self.conv(images)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (None, r".*missing 1 required positional argument: 'rngs'"),
+        (lambda network, images, *, train, where: network(images, None), r".* but 3 // 1 != 8\."),
+        (lambda network, images, *, train, where: {}[""], "''"),
+    ],
+)
+def test_a_network_that_does_not_take_its_images_is_named_in_a_line_with_the_way_out(call, said):
+    with pytest.raises(
+        ValueError,
+        match=rf"^First does not take images of 8×8 in the layout `b h w c`: {said}; give its View",
+    ) as refused:
+        watch(View(First(rngs=nnx.Rngs(0)), call=call), (), SIZE)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_network_that_gives_nothing_is_named():
+    silent = View(network(), call=lambda network, images, *, train, where: None)
+    config = base.base()
+    with pytest.raises(ValueError, match="the student Network gives nothing to learn from: let it"):
+        shapes_of(config, all_terms(config), own(silent, num_classes=5, seed=0), None)
+
+
 OPTIONS = {
     "mean": (0.5, 0.5, 0.5),
     "std": (0.5, 0.5, 0.5),
@@ -491,6 +601,7 @@ OPTIONS = {
     "call": lambda network, images, *, train, where: network(images),
     "layout": "b w h c",
     "prefix_tokens": 1,
+    "tokens_as_maps": True,
     "taps": ("blocks.0",),
 }
 

@@ -1,7 +1,8 @@
 """A network as the rest of the house sees it: images in, logits and taps out, whatever the network."""
 
 import inspect
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 _LAYOUT = "b h w c"
+_WAY_OUT = "give its View the `layout`, `image_size` or `call` that it needs"
 
 
 class Outputs(NamedTuple):
@@ -55,6 +57,7 @@ class View(nnx.Module):
             `network.eval()` has been called before.
         layout: the order of the axes of its images and maps, as einops has it; `b c h w` in PyTorch.
         prefix_tokens: so many first tokens are no position, as a class token is none, and are left out.
+        tokens_as_maps: tokens are positions of a square grid, row by row, and shown as a map.
         taps: what is read besides all that the network sows: names that it sows, or paths of modules whose
             output is meant, as in `blocks.3.mlp`. Of a name that is both, what is sown.
 
@@ -72,6 +75,7 @@ class View(nnx.Module):
         call: Callable[..., Any] | None = None,
         layout: str = _LAYOUT,
         prefix_tokens: int = 0,
+        tokens_as_maps: bool = False,
         taps: Sequence[str] = (),
     ):
         if sorted(layout.split()) != sorted(_LAYOUT.split()):
@@ -83,6 +87,7 @@ class View(nnx.Module):
         self.call = call
         self.layout = layout
         self.prefix_tokens = prefix_tokens
+        self.tokens_as_maps = tokens_as_maps
         self.taps = tuple(taps)
 
     def __call__(self, images: Images, *, train: bool = False, where: Where | None = None) -> Outputs:
@@ -96,7 +101,7 @@ class View(nnx.Module):
         Raises:
             ValueError: the network cannot be called so, or has no such tap.
         """
-        images = jnp.asarray(images)
+        batch = jnp.asarray(images)
         graph, state = nnx.split(self.network)
         network = nnx.merge(graph, widened(state), copy=not train)
         if not train:
@@ -104,16 +109,21 @@ class View(nnx.Module):
         modules = modules_of(network)
         call = self.call or _call
         with keeping(modules, self.taps):
-            given = call(network, self._prepare(images), train=train, where=where)
+            prepared = self._prepare(batch)
+            try:
+                given = call(network, prepared, train=train, where=where)
+            except Exception as error:  # whatever a network raises
+                error.add_note(_WAY_OUT)
+                raise
         given = given if isinstance(given, Outputs) else Outputs(given, {})
-        if not isinstance(given.logits, jax.Array | None):
+        if wrong := _no_logits(given.logits, len(batch)):
             raise ValueError(
-                f"{type(network).__name__} returns a {type(given.logits).__name__}, not logits; give its "
-                "View a `call` that returns logits or Outputs"
+                f"{type(network).__name__} returns {wrong}, not logits; give its View a `call` that returns "
+                "logits or Outputs"
             )
-        taps = read(self.taps, modules, given.taps, batch=len(images))
+        taps = read(self.taps, modules, given.taps, batch=len(batch))
         logits = None if given.logits is None else self._as_map(given.logits)
-        return Outputs(logits, {name: self._as_tap(value) for name, value in taps.items()})
+        return Outputs(logits, self._as_taps(taps))
 
     def _prepare(self, images: Array) -> Float[Array, "batch _ _ _"]:
         """Return a batch in the network's size, statistics and layout."""
@@ -127,8 +137,43 @@ class View(nnx.Module):
     def _as_map(self, value: Array) -> Array:
         return rearrange(value, f"{self.layout} -> {_LAYOUT}") if value.ndim == 4 else value
 
+    def _as_taps(self, values: Mapping[str, Array]) -> dict[str, Array]:
+        """Return taps in the layout of ours; those that cannot be are left out unless they are wanted."""
+        taps = {}
+        for name, value in values.items():
+            if not (wrong := self._unfit(value)):
+                taps[name] = self._as_tap(value)
+            elif name in self.taps:
+                raise ValueError(f"no tap {name}: {wrong}")
+        return taps
+
     def _as_tap(self, value: Array) -> Array:
-        return value[:, self.prefix_tokens :] if value.ndim == 3 else self._as_map(value)
+        if value.ndim != 3:
+            return self._as_map(value)
+        positions = value[:, self.prefix_tokens :]
+        if not self.tokens_as_maps:
+            return positions
+        return rearrange(positions, "b (h w) c -> b h w c", h=math.isqrt(positions.shape[1]))
+
+    def _unfit(self, value: Array) -> str:
+        """Return why tokens are not the positions that the view says they are, or nothing."""
+        count = value.shape[1] - self.prefix_tokens if value.ndim == 3 else 1
+        if count < 1:
+            return f"its {value.shape[1]} tokens leave none after prefix_tokens={self.prefix_tokens}"
+        if self.tokens_as_maps and math.isqrt(count) ** 2 != count:
+            return f"its {count} tokens after prefix_tokens={self.prefix_tokens} are no square grid"
+        return ""
+
+
+def _no_logits(given: Any, batch: int) -> str:
+    """Return what a network gives in the place of logits, or nothing."""
+    if given is None:
+        return ""
+    if not isinstance(given, jax.Array):
+        return f"a {type(given).__name__}"
+    if given.shape[:1] != (batch,) or not jnp.issubdtype(given.dtype, jnp.floating):
+        return f"{given.dtype}{list(given.shape)} for {batch} images"
+    return ""
 
 
 def _call(network: Any, images: Array, *, train: bool, where: Where | None) -> Any:
@@ -174,6 +219,13 @@ def watch(view: View, names: Sequence[str], image_size: int) -> OutputShapes:
     image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     try:
         return jax.eval_shape(lambda state, image: nnx.merge(graph, state)(image), state, image)
-    except Exception:
+    except Exception as error:
         view.taps = before
-        raise
+        is_ours = type(view.network).__module__.startswith("tat_jax.")
+        if is_ours or _WAY_OUT not in getattr(error, "__notes__", ()):
+            raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{type(view.network).__name__} does not take images of {image_size}×{image_size} in the layout "
+            f"`{view.layout}`: {said}; {_WAY_OUT}"
+        ) from None
