@@ -1,7 +1,8 @@
 """Pretrained networks learn the classes of a small folder of images, a hundred of each class, say.
 
 What is new, the head and what the losses hold, learns ten times as fast as what is pretrained. A ResNet-18 by
-cross-entropy, if nothing else is said; another `student.architecture` and `student.weights` make a teacher.
+cross-entropy, if nothing else is said; `student.weights` may be a run without labels, whose student has no
+head yet, as runs/unlabelled. Another `student.architecture` and `student.weights` make a teacher.
 """
 
 from ml_collections import ConfigDict

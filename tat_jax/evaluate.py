@@ -109,7 +109,7 @@ def load(
 
     Raises:
         FileNotFoundError: it is not there.
-        ValueError: its head was never trained.
+        ValueError: it has no head that was trained, and the task needs one.
     """
     if choose := folders.CHOICES.get(which):
         with remote.at_hand(buckets.place(folder)) as here:
@@ -117,7 +117,14 @@ def load(
     else:
         network = networks.restore(which, dtype=config.dtype, network=student)
     named = f"the {which} checkpoint of {folder}" if choose else which
-    if network.origin["head"] == "fresh" and task_of(config).needs_head:
+    if not task_of(config).needs_head:
+        return network, named
+    if network.origin["head"] == networks.NO_HEAD:
+        raise ValueError(
+            f"{named} has no head: train one, as --config finetune --config.student.weights does, or measure "
+            "its features by --config.task=features"
+        )
+    if network.origin["head"] == "fresh":
         raise ValueError(f"{named} has a head that was never trained: its logits mean nothing")
     return network, named
 

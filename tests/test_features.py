@@ -1,5 +1,7 @@
 """Features measured: k-NN and ridge beside scikit-learn, every image once, and what stands in their place."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -7,8 +9,8 @@ from flax import nnx
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsClassifier
 
-from tat_jax import probe, representations, sharding, train
-from tat_jax.configs import base, finetune
+from tat_jax import check, evaluate, networks, probe, representations, sharding, train
+from tat_jax.configs import base, finetune, unlabelled
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.metrics import read_rows
 from tat_jax.networks.view import View
@@ -213,15 +215,26 @@ def test_labelled_images_whose_classes_differ_between_train_and_val_are_refused(
         probe.Probe(config_of(labels, labels), sharding.make_mesh(jax.devices()[:1]))
 
 
-def test_afterwards_the_student_gets_a_head(tmp_path):
-    labels = folder_of(tmp_path / "labelled", train=15, val=4)
-    narrow = {"architecture": "resnet18", "weights": "random", "small_images": True, "width": 2}
-    config = config_of(labels / "train", labels, student=narrow, teacher=narrow, batch_size=16)
-    config.probe.student_tap = config.probe.teacher_tap = "pooled"
-    config.losses.tat.layer4.update({"weight": 1.0, "asks": "teacher"})
-    train.run(config, tmp_path / "unlabelled")
-    tuned = finetune.get_config()
-    tuned.update({"epochs": 1, "batch_size": 16})
-    tuned.student.update({**narrow, "weights": str(tmp_path / "unlabelled")})
-    tuned.data.update({"root": str(labels), "image_size": 16, "eval_resize": 16, "threads": 0})
-    assert 0 <= train.run(tuned, tmp_path / "tuned")["last"]["eval/top1"] <= 1
+def test_the_miniature_without_labels_is_measured_again_as_it_was_and_then_gets_a_head(tmp_path):
+    config = unlabelled.get_config("smoke")
+    tuned = finetune.get_config("smoke")
+    for miniature in (config, tuned):
+        miniature.data.update({"image_size": 16, "eval_resize": 16})
+        miniature.student.update({"small_images": True, "width": 2})
+    config.teacher.update({"architecture": "resnet18", "small_images": True, "width": 2})
+    last = train.run(config, tmp_path / "unlabelled")["last"]
+    measured = evaluate.run(config, tmp_path / "unlabelled", "last")
+    assert measured.measures == {name: last[f"eval/{name}"] for name in ("knn", "probe")}
+    assert measured.images == 797
+    assert networks.restore(tmp_path / "unlabelled").origin["head"] == "none"
+    tuned.student.weights = str(tmp_path / "unlabelled")
+    assert train.run(tuned, tmp_path / "tuned")["last"]["eval/top1"] > 0
+
+
+def test_a_check_says_how_many_directions_the_teacher_s_features_have(tmp_path, capsys):
+    images = folder_of(tmp_path / "images", all=10) / "all"
+    losses = {"matching": (1.0, matching)}
+    assert check.run(config_of(images), tmp_path / "run", student=tiny, teacher=tiny, losses=losses)
+    printed = capsys.readouterr().out
+    assert "NOTE: 1 of 20 images, evenly spaced, are held out (data.held_out=0.05)" in printed
+    assert re.search(r"teacher's features +layer2: 4 channels, effective rank 1.0 on 1 images", printed)

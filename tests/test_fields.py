@@ -25,6 +25,7 @@ from tat_jax.configs import (
     seg_voc_mobilenet,
     seg_voc_r18,
     supervised,
+    unlabelled,
 )
 from tat_jax.losses import LOSSES, terms_of
 
@@ -207,7 +208,7 @@ def test_a_run_and_an_evaluation_check_first(tmp_path, run):
             "data.exif_orientation",
             True,
             "data.source is 'digits'",
-            "'imagefolder' or 'webdataset' or 'tfds' or 'voc' or 'cocostuff' or 'label_folder'",
+            "'imagefolder' or 'images' or 'webdataset' or 'tfds' or 'voc' or 'cocostuff' or 'label_folder'",
         ),
         ("optimizer.momentum", 0.8, "optimizer.name is 'adamw'", "'sgd'"),
         ("optimizer.minimum_rate", 1e-5, "optimizer.schedule is 'multistep'", "'cosine'"),
@@ -224,7 +225,7 @@ def test_a_field_that_nothing_reads_is_told_with_what_makes_it_read(name, value,
     ]
 
 
-@pytest.mark.parametrize("module", [*EXPERIMENTS, digits, finetune, compare, seg_compare])
+@pytest.mark.parametrize("module", [*EXPERIMENTS, digits, finetune, compare, seg_compare, unlabelled])
 @pytest.mark.parametrize("argument", ["", "smoke"])
 def test_no_config_sets_what_nothing_reads(module, argument):
     assert list(experiment.notes(module.get_config(argument))) == []

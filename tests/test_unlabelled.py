@@ -1,6 +1,7 @@
 """Without labels: networks without a head, the losses that refuse them, and images that have no classes."""
 
 import io
+import pickle
 import tarfile
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tat_jax import fields, networks, sharding
+from tat_jax import evaluate, fields, networks, sharding
 from tat_jax.build import build
 from tat_jax.configs import base
 from tat_jax.data.pipeline import open_pipeline
@@ -80,6 +81,11 @@ def test_a_network_without_a_head_is_kept_as_one_and_restored_and_exported(headl
     entries = export_entries(store.load_network(headless))
     assert "layer4.1.conv2.weight" in entries
     assert not any(name.startswith("fc.") for name in entries)
+
+
+def test_a_network_without_a_head_is_not_evaluated_by_its_logits(headless):
+    with pytest.raises(ValueError, match="has no head: train one, as --config finetune"):
+        evaluate.load(base.base(), "nowhere", headless)
 
 
 def test_a_student_from_weights_without_a_head_gets_a_fresh_one_for_the_data_s_classes(headless):
@@ -199,6 +205,7 @@ def test_of_a_tree_of_folders_an_evenly_spaced_share_is_held_out_and_all_others_
     assert sorted(of_both) == sorted(str(root / path) for path in TREE)
     assert train.notes == ["3 of 10 images, evenly spaced, are held out (data.held_out=0.3)"]
     assert (train.num_classes, train[0].label) == (0, None)
+    assert pickle.loads(pickle.dumps(train))[6] == train[6]  # as processes that read have it
 
 
 def test_train_and_val_are_taken_whole_where_both_are_there(folder):
@@ -221,6 +228,13 @@ def test_tar_files_of_images_need_no_classes_beside_them(tmp_path):
     whole = [images_of(tmp_path, split) for split in ("val", "train")]
     assert list(map(names_of, whole)) == [["1.jpg"], ["2.jpg", "3.jpg", "5.png"]]
     assert isinstance(whole[1][0].image, bytes)
+    assert pickle.loads(pickle.dumps(whole[1]))[2] == whole[1][2]
+
+
+def test_tar_files_of_images_may_lie_in_a_bucket(bucket, tmp_path):
+    tar_of(tmp_path / "0.tar", ["1.jpg", "2.jpg", "3.jpg"])
+    (bucket / "shards").write("0.tar", (tmp_path / "0.tar").read_bytes())
+    assert names_of(images_of(bucket / "shards", "train")) == ["2.jpg", "3.jpg"]
 
 
 def test_nothing_to_learn_from_is_said_in_a_line(folder, tmp_path):
@@ -244,7 +258,7 @@ def test_a_tar_file_that_is_cut_short_is_named(tmp_path):
     tar_of(tmp_path / "0.tar", ["1.jpg", "2.jpg"])
     with (tmp_path / "0.tar").open("r+b") as file:
         file.truncate(1300)
-    with pytest.raises(ValueError, match=r"^.*/0.tar is damaged \(it is cut short"):
+    with pytest.raises(ValueError, match=r"^.*/0.tar is damaged \(.*\): pack or copy it anew$"):
         images_of(tmp_path, "train")
 
 

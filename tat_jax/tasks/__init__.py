@@ -15,8 +15,9 @@ def _tasks() -> Iterator[tuple[str, type[Task]]]:
     for found in pkgutil.iter_modules(__path__, f"{__name__}."):
         module = importlib.import_module(found.name)
         for name, value in inspect.getmembers(module, inspect.isclass):
-            is_own = issubclass(value, Task) and value is not Task and value.__module__ == module.__name__
-            if is_own and name[0] != "_":
+            if not issubclass(value, Task) or value is Task or value.__module__ != module.__name__:
+                continue
+            if name[0] != "_":
                 yield name.lower(), value
 
 

@@ -24,7 +24,7 @@ class Classification(Task):
     titles: ClassVar[Mapping[str, str]] = {"top1": "top-1", "top5": "top-5"}
     transform = staticmethod(crop)
 
-    def blank_label(self, data: ConfigDict, source: Source, *, train: bool) -> Int[np.ndarray, ""]:
+    def blank_label(self, data: ConfigDict, source: Source, *, train: bool) -> Int[np.ndarray, ""] | None:
         """Return the integer 0.
 
         Raises:
