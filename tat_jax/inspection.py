@@ -168,7 +168,7 @@ def title_of_measure(config: ConfigDict) -> str:
     if config.get("task") not in TASKS:
         return "measure"
     task = task_of(config)
-    return task.titles[task.best] if task.needs_head else "features"
+    return task.titles[task.best] if task.needs_head else "rank"
 
 
 def measure_teacher(

@@ -237,4 +237,4 @@ def test_a_check_says_how_many_directions_the_teacher_s_features_have(tmp_path, 
     assert check.run(config_of(images), tmp_path / "run", student=tiny, teacher=tiny, losses=losses)
     printed = capsys.readouterr().out
     assert "NOTE: 1 of 20 images, evenly spaced, are held out (data.held_out=0.05)" in printed
-    assert re.search(r"teacher's features +layer2: 4 channels, effective rank 1.0 on 1 images", printed)
+    assert re.search(r"teacher's rank +layer2: 4 channels, effective rank 1.0 on 1 images", printed)

@@ -156,5 +156,5 @@ PROBE: Fields = {
     "student_tap": Field(
         "pooled", TEXT, "the student's features, of maps and tokens their mean over positions"
     ),
-    "teacher_tap": Field("pooled", TEXT, "the teacher's likewise", only_with=_PROBED),
+    "teacher_tap": Field("pooled", TEXT, "the teacher's likewise"),
 }
