@@ -13,7 +13,7 @@ from tat_jax import buckets, evaluate, experiment, pictures, run_folder, train
 from tat_jax.buckets import Bucket, Place
 from tat_jax.build import all_terms, read_teacher
 from tat_jax.fields import Field, Fields, Rule, renew, whole, wrong
-from tat_jax.metrics import last_and_best, read_rows
+from tat_jax.metrics import is_evaluation, last_and_best, read_rows
 from tat_jax.tasks import task_of
 from tat_jax.tasks.task import Task
 
@@ -255,7 +255,10 @@ def compare(
         cells = (f"{'' if m is None else _mean(task.shown(np.array([m]))):{width}}" for m in of_teacher)
         lines.append(f"{_TEACHER:{names}}{''.join(cells)}".rstrip())
     for name, seeds in students.items():
-        ends = [last_and_best(rows, f"eval/{task.best}") for rows in seeds]
+        ends = [
+            {"first": next(filter(is_evaluation, rows))} | last_and_best(rows, f"eval/{task.best}")
+            for rows in seeds
+        ]
         of_columns = [
             task.shown(np.array([end[which][f"eval/{measure}"] for end in ends]))
             for measure, which in columns

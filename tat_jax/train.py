@@ -176,7 +176,8 @@ class _Training:
         self._position = Position(
             int(self._state.step), self._data.steps_per_epoch, images, self._config.batch_size
         )
-        self._evaluated = restored.position["evaluated"] if restored else True
+        first = self._built.recipe.task.evaluates_first
+        self._evaluated = restored.position["evaluated"] if restored else not first
         if restored and not restored.can_go_on and self._position.step < self._last_step:
             kept = f"{self._place} kept its networks alone (keep='networks')"
             raise ValueError(f"{kept} and cannot go on; choose another --workdir")

@@ -170,7 +170,7 @@ def test_a_training_without_labels_is_measured_by_labelled_images_beside_it_its_
     labels = folder_of(tmp_path / "labelled", train=15, val=4)
     ends = run(config_of(labels / "train", labels, epochs=2), tmp_path / "run")
     rows = [row for row in read_rows(tmp_path / "run") if "eval/knn" in row]
-    assert [row["epoch"] for row in rows] == [1, 2]
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
     for row in rows:
         assert all(8 * row[f"eval/{name}"] == round(8 * row[f"eval/{name}"]) for name in ("knn", "probe"))
         assert row["eval/teacher_knn"] == 1.0  # dark and bright are told apart by any features

@@ -23,12 +23,13 @@ class Features(Classification):
 
     titles: ClassVar[Mapping[str, str]] = {"knn": "k-NN", "probe": "linear probe"}
     columns: ClassVar[Sequence[tuple[str, str]]] = (
+        ("knn", "first"),
         ("knn", "last"),
-        ("knn", "best"),
+        ("probe", "first"),
         ("probe", "last"),
-        ("probe", "best"),
     )
     needs_head: ClassVar[bool] = False
+    evaluates_first: ClassVar[bool] = True  # what random features are worth, or pretrained ones
 
     @classmethod
     def of(cls, config: ConfigDict) -> Task:
@@ -83,8 +84,9 @@ class _Unprobed(Features):
         "effective_rank": "effective rank",
     }
     columns: ClassVar[Sequence[tuple[str, str]]] = (
+        ("minus_loss", "first"),
         ("minus_loss", "last"),
-        ("minus_loss", "best"),
+        ("effective_rank", "first"),
         ("effective_rank", "last"),
     )
     unit: ClassVar[str] = ""

@@ -21,10 +21,11 @@ class Task(ABC):
     Attributes:
         titles: the measures that lines, tables and pictures show, each with what it is called there. By the
             first one a checkpoint is the best: the higher, the better.
-        columns: what the table of a study shows, measures of the evaluation after the "last" epoch or of the
-            "best" one; none is the best measure after the last epoch.
+        columns: what the table of a study shows, measures of the "first" evaluation, of the "best" one, or of
+            that after the "last" epoch; none is the best measure after the last epoch.
         poor: the share of the way from chance to 1 that a trained teacher's best measure hardly misses.
         needs_head: whether it is logits that are measured.
+        evaluates_first: whether a student is evaluated before its first step, too.
         unit: of the measures of `titles`: "%" of fractions, which are shown in percent; "" of other numbers.
     """
 
@@ -32,6 +33,7 @@ class Task(ABC):
     columns: ClassVar[Sequence[tuple[str, str]]] = ()
     poor: ClassVar[float] = 1 / 5
     needs_head: ClassVar[bool] = True
+    evaluates_first: ClassVar[bool] = False
     unit: ClassVar[str] = "%"
 
     @classmethod
