@@ -36,6 +36,7 @@ TEXT = {"weights", "root", "sbd_root", "tfds_name", "student_tap", "teacher_tap"
 NONE = {"bn_group", "clip_norm", "labels_per_class", "image_size", "student_tap", "teacher_tap"}
 NONE |= {"classes", "eval_resize", "grey_range", "processes", "sbd_root", "target_norm", "ema_decay"}
 NONE |= {"mean", "std", "depth", "embed_dim", "position_grid", "stage_depth", "stem_width"}
+NOT_NONE = {"data.image_size", "probe.student_tap", "probe.teacher_tap"}
 # Where 0 means something.
 ZERO = {"seed", "steps_left_out", "checkpoint_minutes", "weight", "embedding_kernel", "weight_decay"}
 ZERO |= {
@@ -107,7 +108,7 @@ def test_what_no_field_may_be_is_refused_with_its_name_and_value(name, value):
 def test_zero_none_and_yes_are_taken_where_they_mean_something_only(name):
     taken = {
         0: last(name) in ZERO,
-        None: last(name) in NONE and name != "data.image_size",
+        None: (last(name) in NONE or name == "probe.source") and name not in NOT_NONE,
         "x": last(name) in TEXT,
         True: isinstance(flatten_dict(base.base().to_dict(), sep=".")[name], bool),
     }

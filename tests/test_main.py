@@ -99,10 +99,13 @@ def write_run(folder, **changes):
         (["--workdir=~nobody-of-this-name"], "there is no such home folder"),
         (["--workdir=$NOT_SET_ANYWHERE/run"], "$NOT_SET_ANYWHERE/run: $NOT_SET_ANYWHERE is not set"),
         (["--checkpoint=last"], "--checkpoint is for --mode eval"),
-        (["--mode=eval", "--checkpoint="], "there is no such folder; best, last, weights or a run is taken"),
+        (
+            ["--mode=eval", "--checkpoint="],
+            "there is no such folder; best, last, best_ema, last_ema, weights or a run is taken",
+        ),
         (
             ["--mode=eval", "--checkpoint=bset"],
-            "--checkpoint=bset: there is no such folder; best, last, weights or a run is taken",
+            "--checkpoint=bset: there is no such folder; best, last, best_ema, last_ema, weights or a run is ",
         ),
         (
             ["--mode=eval", "--checkpoint=hdfs://bucket/run"],

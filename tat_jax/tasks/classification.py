@@ -24,16 +24,20 @@ class Classification(Task):
     titles: ClassVar[Mapping[str, str]] = {"top1": "top-1", "top5": "top-5"}
     transform = staticmethod(crop)
 
-    def blank_label(self, data: ConfigDict, source: Source, *, train: bool) -> Int[np.ndarray, ""] | None:
-        """Return the integer 0.
+    def take(self, source: Source) -> Source:
+        """Return the source.
 
         Raises:
-            ValueError: the images have no classes.
+            ValueError: its images have no classes.
         """
         if source.num_classes == 0:
             raise ValueError(
                 "the images have no classes, which task='classification' counts: take --config.task=features"
             )
+        return source
+
+    def blank_label(self, data: ConfigDict, source: Source, *, train: bool) -> Int[np.ndarray, ""] | None:
+        """Return the integer 0."""
         return np.zeros((), np.int32)
 
     def check(self, data: ConfigDict) -> None:
