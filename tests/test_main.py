@@ -105,7 +105,7 @@ def write_run(folder, **changes):
         ),
         (
             ["--mode=eval", "--checkpoint=bset"],
-            "--checkpoint=bset: there is no such folder; best, last, best_ema, last_ema, weights or a run is ",
+            "--checkpoint=bset: there is no such folder; best, last, best_ema, last_ema, weights or a run",
         ),
         (
             ["--mode=eval", "--checkpoint=hdfs://bucket/run"],
