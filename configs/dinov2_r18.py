@@ -8,9 +8,19 @@ as features so wide ask for. The weights, under timm's names or Hugging Face's:
 See `unlabelled` for what is measured and how the student gets a head afterwards.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from tat_jax.configs import base, unlabelled
+
+UNDER_PATCHES: dict[str, Any] = {
+    "teacher_tap": "norm",
+    "asks": "teacher",
+    "embedding_kernel": 1,
+    "scale": "1/sqrt(d)",
+    "target_norm": "channel",
+}
 
 
 def get_config(argument: str = "") -> ConfigDict:
@@ -18,15 +28,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config = unlabelled.get_config()
     config.dtype = "bfloat16"
     config.teacher = base.network("vit_base_patch14_dinov2", "weights/vit_base_patch14_dinov2")
-    config.losses.tat.layer4 = base.loss(
-        "tat",
-        weight=1.0,
-        teacher_tap="norm",
-        asks="teacher",
-        embedding_kernel=1,
-        scale="1/sqrt(d)",
-        target_norm="channel",
-    )
+    config.losses.tat.layer4 = base.loss("tat", weight=1.0, **UNDER_PATCHES)
     if argument == "smoke":
         config.teacher.image_size = 56  # of the images of 64, which patches of 14 do not fill
     return base.finish(config, argument)

@@ -12,6 +12,7 @@ See `unlabelled` for what is measured and how the student gets a head afterwards
 from ml_collections import ConfigDict
 
 from tat_jax.configs import base, unlabelled
+from tat_jax.configs.dinov2_r18 import UNDER_PATCHES
 
 
 def get_config(argument: str = "") -> ConfigDict:
@@ -22,13 +23,5 @@ def get_config(argument: str = "") -> ConfigDict:
     config.student = base.network("convnext_tiny", "random")
     config.teacher = base.network("vit_base_patch16_dinov3", "weights/vit_base_patch16_dinov3")
     config.losses.tat.layer4.weight = 0.0
-    config.losses.tat.stage3 = base.loss(
-        "tat",
-        weight=1.0,
-        teacher_tap="norm",
-        asks="teacher",
-        embedding_kernel=1,
-        scale="1/sqrt(d)",
-        target_norm="channel",
-    )
+    config.losses.tat.stage3 = base.loss("tat", weight=1.0, **UNDER_PATCHES)
     return base.finish(config, argument)
