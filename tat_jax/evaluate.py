@@ -43,7 +43,7 @@ class Evaluation(NamedTuple):
     confusion: np.ndarray | None = None
 
     def with_ema(self, ema: "Evaluation") -> "Evaluation":
-        """Return it with the measures of the student's moving average beside its own, as `ema_top1`."""
+        """Return it with the measures of the student's moving average beside its own, with `ema_` before."""
         further = {f"{folders.OF_EMA}{name}": value for name, value in ema.measures.items()}
         return self._replace(measures=self.measures | further)
 

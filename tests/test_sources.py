@@ -352,7 +352,9 @@ class TestDigits:
 
 class TestOpenSource:
     def test_an_unknown_source_is_answered_with_the_known(self):
-        with pytest.raises(ValueError, match="'coco'; there are imagefolder, images, webdataset, tfds, digits"):
+        with pytest.raises(
+            ValueError, match="'coco'; there are imagefolder, images, webdataset, tfds, digits"
+        ):
             open_source(ConfigDict({"source": "coco"}), "train")
 
     def test_an_unknown_split_is_answered_with_the_known(self):
