@@ -196,14 +196,14 @@ def test_nothing_at_all_is_compiled_after_the_first_checkpoint(tmp_path, monkeyp
             compilations.append(name)
 
     jax.monitoring.register_event_duration_secs_listener(listener)
-    evaluate_epoch = train.evaluate
+    evaluate_epoch = evaluate.evaluate
 
     def evaluate_and_count(*arguments, **options):
         result = evaluate_epoch(*arguments, **options)
         after_epochs.append(len(compilations))
         return result
 
-    monkeypatch.setattr(train, "evaluate", evaluate_and_count)
+    monkeypatch.setattr(evaluate, "evaluate", evaluate_and_count)
     try:
         run(config_of(epochs=4), tmp_path)
     finally:
