@@ -57,9 +57,11 @@ def test_logits_and_taps_equal_pytorchs(name, dtype, bound):
         expected, outputs = theirs(torch.from_numpy(rearrange(images, "b h w c -> b c h w")), taps=True)
         assert logits.dtype == jnp.dtype(dtype)
         assert relative_error(logits, expected) < bound
-        assert list(taps) == list(STAGES)
+        assert set(taps) == {*STAGES, "pooled"}
         for tap in STAGES:
             assert relative_error(taps[tap], outputs[tap]) < bound
+        pooled = outputs[STAGES[-1]].mean((2, 3))
+        assert relative_error(taps["pooled"], pooled) < bound
 
 
 def test_a_full_network_has_torchvisions_number_of_parameters():
@@ -85,6 +87,7 @@ def test_reading_taps_changes_neither_structure_nor_state():
         "layer2": (2, 8, 8, 4),
         "layer3": (2, 4, 4, 8),
         "layer4": (2, 2, 2, 16),
+        "pooled": (2, 16),
     }
 
 
