@@ -4,7 +4,7 @@ import contextlib
 import functools
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from tat_jax.schedules import weight_at
 from tat_jax.tasks import task_of
 from tat_jax.usage import other_classes
 from tat_jax.weights.store import digest, flatten
+
+_Arrays = TypeVar("_Arrays", nnx.State, nnx.State | None)
 
 
 class Built(NamedTuple):
@@ -73,19 +75,14 @@ def build(
         FileNotFoundError: weights are missing.
         ValueError: parts do not fit; both are named.
     """
-    group = config.bn_group
-    if group and config.batch_size > group and config.batch_size % group:
-        raise ValueError(f"bn_group={group} does not divide batch_size={config.batch_size}")
+    _check_batches(config, steps_per_epoch)
     terms = all_terms(config, losses)
-    if not num_classes:
-        _check_labels(terms)
+    _check_labels(terms, num_classes)
     mixing = _mixing(config, terms)
     learner = build_student(config, num_classes, student)
     master = build_teacher(config, num_classes, teacher, terms)
-    if master:
-        _check_logits(terms, master, num_classes, classes)
+    _check_logits(terms, master, num_classes, classes)
     distillation = Distillation(learner.view, _build_losses(config, terms, learner, master))
-    _check_accumulation(config, steps_per_epoch)
     learning_rate = optim.learning_rate(config.optimizer, steps_per_epoch, config.epochs)
     optimizer = optim.optimizer(config.optimizer, learning_rate, nnx.state(distillation, nnx.Param))
     teacher_graph, teacher_state = nnx.split(master.view) if master else (None, None)
@@ -106,7 +103,7 @@ def build(
     return Built(
         recipe,
         sharding.put_whole(state, mesh, what="the student's weights"),
-        sharding.put(teacher_state, teacher_place(config, mesh), what="the teacher's weights"),
+        put_teacher(config, teacher_state, mesh),
         learner,
         terms,
         None if teacher_state is None else digest(flatten(teacher_state)),
@@ -175,6 +172,11 @@ def build_teacher(
     return network
 
 
+def put_teacher(config: ConfigDict, arrays: _Arrays, mesh: Mesh) -> _Arrays:
+    """Return the arrays of a teacher where `config.teacher_sharding` has them."""
+    return sharding.put(arrays, teacher_place(config, mesh), what="the teacher's weights")
+
+
 def teacher_place(config: ConfigDict, mesh: Mesh) -> sharding.Place:
     """Return where arrays of the teacher lie by `config.teacher_sharding`."""
     if _is_sharded(config):
@@ -199,8 +201,9 @@ def _copied(module: Any) -> Any:
     return nnx.merge(graph, jax.tree.map(jnp.copy, state))
 
 
-def _check_labels(terms: Sequence[Term]) -> None:
-    if names := [term.name for term in terms if term.loss.needs_labels]:
+def _check_labels(terms: Sequence[Term], num_classes: int) -> None:
+    names = [term.name for term in terms if term.loss.needs_labels]
+    if names and not num_classes:
         raise ValueError(
             f"{' and '.join(names)} {_reads(names)} labels, and the images have none: set the weight to 0, "
             f"as by --config.losses.{names[0]}.weight=0, and give one to a loss that compares taps"
@@ -223,22 +226,23 @@ def _reads(names: Sequence[str]) -> str:
 
 
 def _check_logits(
-    terms: Sequence[Term], teacher: Network, num_classes: int, classes: Sequence[str] | None
+    terms: Sequence[Term], teacher: Network | None, num_classes: int, classes: Sequence[str] | None
 ) -> None:
+    if teacher is None:
+        return
     source = teacher.origin["source"]
     for term in terms:
         if not (term.loss.needs_teacher and term.loss.needs_logits):
             continue
         way_out = f"{term.name} compares its logits: take another teacher, or set its weight to 0"
-        if teacher.origin["head"] in ("fresh", networks.NO_HEAD):
+        if not teacher.has_trained_head:
             raise ValueError(f"the teacher from {source} has no trained head, and {way_out}")
         if wrong := other_classes(teacher, num_classes, classes):
             raise ValueError(f"the teacher from {source} is one of other classes: {wrong}; {way_out}")
 
 
 def _is_comparable(teacher: Network, num_classes: int, classes: Sequence[str] | None) -> bool:
-    has_head = teacher.origin["head"] not in ("fresh", networks.NO_HEAD)
-    return has_head and not other_classes(teacher, num_classes, classes)
+    return teacher.has_trained_head and not other_classes(teacher, num_classes, classes)
 
 
 def _mixing(config: ConfigDict, terms: Sequence[Term]) -> Mixing | None:
@@ -261,7 +265,10 @@ def _mixing(config: ConfigDict, terms: Sequence[Term]) -> Mixing | None:
     return Mixing(config.mixup, config.cutmix, config.seed)
 
 
-def _check_accumulation(config: ConfigDict, steps_per_epoch: int) -> None:
+def _check_batches(config: ConfigDict, steps_per_epoch: int) -> None:
+    group = config.bn_group
+    if group and config.batch_size > group and config.batch_size % group:
+        raise ValueError(f"bn_group={group} does not divide batch_size={config.batch_size}")
     steps = config.epochs * steps_per_epoch
     if config.optimizer.accumulate > steps:
         raise ValueError(

@@ -30,6 +30,7 @@ from tat_jax.weights import folders
 from tat_jax.weights.orbax_quiet import abandoned_unheard, reason, try_to_read
 from tat_jax.weights.store import (
     EMA,
+    NO_HEAD,
     StoredNetwork,
     Weights,
     check_digest,
@@ -160,7 +161,7 @@ class RunCheckpoints:
         student, training = _student(state), _training(state)
         if not self._is_shared:  # whole, and without the others
             student, ema, training = jax.device_get((student, ema, training))
-        head = "none" if arguments.get("num_classes") == 0 else "trained"
+        head = NO_HEAD if arguments.get("num_classes") == 0 else "trained"
         origin = {"head": head, "source": f"step {step}"}
         said = {
             "position": position,

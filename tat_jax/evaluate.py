@@ -27,7 +27,7 @@ from tat_jax.networks import Network, OwnNetwork
 from tat_jax.tasks import task_of
 from tat_jax.tasks.task import Task
 from tat_jax.usage import other_classes
-from tat_jax.weights import folders, remote
+from tat_jax.weights import folders, remote, store
 
 
 class Evaluation(NamedTuple):
@@ -119,7 +119,7 @@ def load(
     named = f"the {which} checkpoint of {folder}" if choose else which
     if not task_of(config).needs_head:
         return network, named
-    if network.origin["head"] == networks.NO_HEAD:
+    if network.origin["head"] == store.NO_HEAD:
         raise ValueError(
             f"{named} has no head: train one, as --config finetune --config.student.weights does, or measure "
             "its features by --config.task=features"

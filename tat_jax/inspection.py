@@ -28,7 +28,7 @@ from tat_jax import (
     sharding,
 )
 from tat_jax.buckets import Bucket, Place
-from tat_jax.build import Built, all_terms, build, build_student, build_teacher, shapes_of, teacher_place
+from tat_jax.build import Built, all_terms, build, build_student, build_teacher, put_teacher, shapes_of
 from tat_jax.checkpoints import read_provenance
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.sample import Sample
@@ -189,7 +189,7 @@ def measure_teacher(
         return "left out: it gives no logits", None
     task, data = task_of(config), _read_once(config, sample, mesh)
     graph, state = nnx.split(teacher.view)
-    state = sharding.put(state, teacher_place(config, mesh), what="the teacher's weights")
+    state = put_teacher(config, state, mesh)
     evaluation = evaluate(graph, state, task, data, mesh, show=False)
     # A teacher of few classes is right by chance often: some way from there to always.
     chance = task.chance(sample.num_classes)
@@ -209,7 +209,7 @@ def _measure_features(config: ConfigDict, teacher: Network, sample: Sample, mesh
     """
     tap = config.probe.teacher_tap
     graph, state = nnx.split(teacher.view)
-    state = sharding.put_whole(state, mesh, what="the teacher's weights")
+    state = put_teacher(config, state, mesh)
     (found, _), skipped = probe.extract((graph, state), tap, _read_once(config, sample, mesh), mesh)
     rank, channels = representations.effective_rank(found), found.shape[1]
     left_out = f" ({skipped} unreadable skipped)" if skipped else ""

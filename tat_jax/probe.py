@@ -151,7 +151,7 @@ class HeldOut:
     @functools.cached_property
     def _loss_step(self) -> Any:
         assert self._built is not None
-        recipe = self._built.recipe
+        recipe, mesh = self._built.recipe, self._mesh
 
         def step(
             graph: nnx.GraphDef,
@@ -163,7 +163,7 @@ class HeldOut:
             outputs = nnx.merge(graph, state)(batch.image)
             told = Outputs(None, {})
             if recipe.teacher is not None:
-                told = nnx.merge(recipe.teacher, teacher)(batch.image)
+                told = nnx.merge(recipe.teacher, sharding.gathered(teacher, mesh))(batch.image)
             model = nnx.merge(recipe.distillation, trained.params, trained.variables)
             count = jnp.sum(batch.where)
             values = {name: model.losses[name](outputs, told, batch, train=False) for name in recipe.weights}
@@ -172,7 +172,7 @@ class HeldOut:
                 for name, value in values.items()
             }, count
 
-        return jax.jit(step, static_argnums=0, out_shardings=sharding.replicated(self._mesh))
+        return jax.jit(step, static_argnums=0, out_shardings=sharding.replicated(mesh))
 
 
 def open_probe(config: ConfigDict, data: Pipeline, mesh: Mesh, built: Built | None) -> Probe | HeldOut:
@@ -243,7 +243,7 @@ def extract(
 @functools.cache
 def _jit_features(mesh: Mesh) -> jax.stages.Wrapped:
     def features(graph: nnx.GraphDef, tap: str, state: nnx.State, batch: Batch) -> tuple[Array, Array, Any]:
-        view = nnx.merge(graph, state)
+        view = nnx.merge(graph, sharding.gathered(state, mesh))
         view.taps = tuple(dict.fromkeys((*view.taps, tap)))
         value = pooled(view(batch.image).taps[tap])
         label = jnp.zeros(len(value), jnp.int32) if batch.label is None else jnp.asarray(batch.label)

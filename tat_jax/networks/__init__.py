@@ -24,7 +24,6 @@ from tat_jax.weights.store import StoredNetwork
 OwnNetwork: TypeAlias = nnx.Module | Callable[..., nnx.Module]  # one of the user's, or what builds it
 Entry: TypeAlias = ConfigDict | Mapping[str, Any]  # the `FIELDS` of one network
 RANDOM = "random"  # weights drawn from the seed instead of read from a folder
-NO_HEAD = "none"  # the head of a network that gives no logits, as `Network.origin` says it
 
 
 def _found() -> dict[str, Architecture]:
@@ -84,6 +83,11 @@ class Network(NamedTuple):
     usage: Mapping[str, Any] = MappingProxyType({})
 
     @property
+    def has_trained_head(self) -> bool:
+        """Return whether its logits count, as those of weights that are random on purpose do."""
+        return self.origin["head"] not in ("fresh", store.NO_HEAD)
+
+    @property
     def name(self) -> str:
         """Return what lines and pictures call it."""
         return self.arguments.get("architecture", type(self.view.network).__name__)
@@ -117,7 +121,7 @@ def build(
     if entry["weights"] == RANDOM:
         arguments = _arguments(entry, num_classes)
         view = _view(arguments, dtype=dtype, bn_group=bn_group, rngs=rngs)
-        head = "random" if num_classes else NO_HEAD
+        head = "random" if num_classes else store.NO_HEAD
         return Network(view, arguments, {"head": head, "source": f"random weights, seed {seed}"})
     stored = _load(entry)
     source, of_head = entry["weights"], stored.arguments["num_classes"]
@@ -137,7 +141,7 @@ def build(
         weights |= _head(view.network, head)
         origin["head"] = "fresh"
     if not arguments["num_classes"]:
-        origin["head"] = NO_HEAD
+        origin["head"] = store.NO_HEAD
     store.set_weights(view.network, weights, source=source)
     return Network(view, arguments, origin, stored.usage)
 

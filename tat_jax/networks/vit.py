@@ -269,7 +269,9 @@ def _design_of(named: Design, entries: Mapping[str, np.ndarray]) -> Design:
     # A stem with less behind each feature than colours and pixels may claim a width of any size.
     told = stem is not None and stem.shape[1:2] == (3,) and stem.shape[2:3] == stem.shape[3:] != ()
     first, second = (entries.get(f"blocks.0.mlp.fc{i}.weight") for i in (1, 2))
-    told_mlp = first is not None and second is not None and first.ndim == second.ndim == 2
+    gated = named.gated
+    if first is not None and second is not None and first.ndim == second.ndim == 2:
+        gated = len(first) == 2 * second.shape[1]
     depth = len({name.split(".")[1] for name in entries if re.match(r"blocks\.\d+\.", name)})
     attention = {"qkv": "blocks.0.attn.qkv.bias", "qv": "blocks.0.attn.q_bias"}
     return Design(
@@ -279,7 +281,7 @@ def _design_of(named: Design, entries: Mapping[str, np.ndarray]) -> Design:
         grid=_grid_of(named, entries, prefix=registers is None),
         registers=registers.shape[1] if registers is not None and registers.ndim == 3 else 0,
         layer_scale="blocks.0.ls1.gamma" in entries or "blocks.0.gamma_1" in entries,
-        gated=len(first) == 2 * second.shape[1] if told_mlp else named.gated,  # type: ignore[arg-type, union-attr]
+        gated=gated,
         bias=next((bias for bias, entry in attention.items() if entry in entries), ""),
     )
 

@@ -85,7 +85,7 @@ def convert_entries(
     if head == "fresh":
         own = store.network_weights(networks.construct(arguments, rngs=nnx.Rngs(0)))
         weights |= {path: value for path, value in own.items() if names[path] in of_head}
-    state = "none" if not arguments["num_classes"] else head or "trained"
+    state = store.NO_HEAD if not arguments["num_classes"] else head or "trained"
     origin = {"head": state, "source": source} | ({"taken": taken} if taken else {})
     return StoredNetwork(weights, arguments, origin)
 

@@ -27,6 +27,7 @@ from flax import nnx
 from tat_jax.weights.orbax_quiet import abandoned_unheard, reason, try_to_read
 
 Weights = dict[str, Any]
+NO_HEAD = "none"  # what an origin says of the head of a network without one, which gives no logits
 EMA = "student_ema"  # the item of the moving average
 _NAMED = 30  # entries in an error
 # What the items `network` and `data` held before they were sealed.
