@@ -10,7 +10,6 @@ import torch
 from flax import nnx
 
 from tat_jax import convert, fields, networks
-from tat_jax.networks import depthwise
 from tat_jax.networks.convnext import ARCHITECTURES, LayerNorm
 from tat_jax.networks.convnext_names import translate
 from tat_jax.networks.view import View, watch
@@ -109,33 +108,6 @@ def test_kernels_and_scales_start_as_published():
         assert layer.kernel[...].std() == pytest.approx(0.02, rel=0.03)
         assert not layer.bias[...].any()
     assert set(np.asarray(block.gamma[...])) == {np.float32(1e-6)}
-
-
-@pytest.mark.parametrize(("size", "maps"), [(7, (2, 9, 5)), (7, (1, 1, 2)), (3, (1, 4, 1))])
-def test_the_sum_of_shifted_maps_is_the_depthwise_convolution_and_so_are_its_gradients(size, maps, x64):
-    rng = np.random.default_rng(0)
-    x, kernel = (jnp.asarray(rng.normal(size=shape)) for shape in ((*maps, 6), (size, size, 1, 6)))
-    (plain, by_plain), (shifted, by_shifted) = (
-        jax.vjp(convolve, x, kernel) for convolve in (depthwise.convolve, depthwise.sum_of_shifted)
-    )
-    np.testing.assert_allclose(shifted, plain, rtol=1e-12, atol=1e-13)
-    weights = jnp.asarray(rng.normal(size=plain.shape))
-    for ours, reference in zip(by_shifted(weights), by_plain(weights), strict=True):
-        np.testing.assert_allclose(ours, reference, rtol=1e-12, atol=1e-13)
-
-
-def test_in_bfloat16_the_sum_of_shifted_maps_and_its_gradients_round_once():
-    rng = np.random.default_rng(0)
-    x, kernel, weights = (
-        jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
-        for shape in ((1, 9, 9, 4), (7, 7, 1, 4), (1, 9, 9, 4))
-    )
-    found, pull = jax.vjp(depthwise.sum_of_shifted, x, kernel)
-    exact, exact_pull = jax.vjp(depthwise.sum_of_shifted, *(a.astype(jnp.float32) for a in (x, kernel)))
-    pairs = zip((found, *pull(weights)), (exact, *exact_pull(weights.astype(jnp.float32))), strict=True)
-    for rounded, reference in pairs:
-        assert rounded.dtype == jnp.bfloat16
-        np.testing.assert_allclose(rounded.astype(jnp.float32), reference, rtol=2**-8, atol=1e-6)
 
 
 def test_a_config_names_a_narrow_one_whose_saved_weights_come_back(tmp_path):

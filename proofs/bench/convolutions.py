@@ -1,8 +1,8 @@
 """Each kind of convolution of a network, forward and its two gradients: ours beside PyTorch's.
 
 `python -m proofs.bench.convolutions [NETWORK …] [--json FILE]`. ResNet-18 at 224², batch 16, what DeepLabV3+
-adds to it at 513², batch 2, and the depthwise ones of ConvNeXt-T at 224², batch 8; else all. In float32 on a
-CPU, compiled as the training step is; PyTorch is channels-last. It tells where the step's time goes.
+adds to it at 513², batch 2, and the depthwise ones of ConvNeXt-T and MobileNetV2 at 224², batch 8; else all. In
+float32 on a CPU, compiled as the training step is; PyTorch is channels-last. It tells where the step's time goes.
 """
 
 from argparse import ArgumentParser
@@ -16,7 +16,7 @@ from einops import rearrange
 
 from proofs.bench.sidebyside import Row, compare_times, main
 from proofs.report import announce
-from tat_jax.networks.depthwise import sum_of_shifted
+from tat_jax.networks.depthwise import depthwise_conv
 from tat_jax.step import CPU_OPTIONS
 
 
@@ -30,7 +30,7 @@ class Convolution(NamedTuple):
         size: of its windows.
         stride: of its windows.
         dilation: of its windows.
-        depthwise: each channel has a kernel of its own, at stride 1 and without dilation.
+        depthwise: each channel has a kernel of its own.
     """
 
     side: int
@@ -89,6 +89,16 @@ KINDS: Mapping[str, tuple[int, tuple[Convolution, ...]]] = {  # a batch, and wha
             Convolution(7, 768, 768, 7, depthwise=True),
         ),
     ),
+    "mobilenet_v2": (
+        8,
+        (
+            Convolution(112, 32, 32, 3, depthwise=True),
+            Convolution(112, 96, 96, 3, stride=2, depthwise=True),
+            Convolution(28, 192, 192, 3, depthwise=True),
+            Convolution(14, 576, 576, 3, dilation=2, depthwise=True),
+            Convolution(7, 960, 960, 3, depthwise=True),
+        ),
+    ),
 }
 
 
@@ -121,11 +131,15 @@ def _ours(kind: Convolution, x: np.ndarray, kernel: np.ndarray) -> dict[str, Cal
     strides, dilation = (kind.stride,) * 2, (kind.dilation,) * 2
 
     def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        if kind.depthwise:
-            return sum_of_shifted(x, kernel)
-        layout = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(
-            x, kernel, strides, padding, rhs_dilation=dilation, dimension_numbers=layout
+        by_platform = depthwise_conv if kind.depthwise else jax.lax.conv_general_dilated
+        return by_platform(
+            x,
+            kernel,
+            strides,
+            padding,
+            rhs_dilation=dilation,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=kind.channels if kind.depthwise else 1,
         )
 
     def by_kernel(x: jax.Array, kernel: jax.Array, by_out: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from tat_jax.fields import Field, or_none, whole
 from tat_jax.networks import taps
 from tat_jax.networks.architecture import Architecture
 from tat_jax.networks.convnext_names import translate
-from tat_jax.networks.depthwise import DepthwiseConv
+from tat_jax.networks.depthwise import depthwise_conv
 from tat_jax.networks.layers import LayerNorm, at_least_float32, normal
 from tat_jax.networks.resnet import Depths, Maps, Where
 
@@ -61,7 +61,15 @@ class Block(nnx.Module):
     scale: ClassVar[float] = 1e-6  # γ at the start
 
     def __init__(self, channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.conv_dw = DepthwiseConv(channels, 7, deviation=_DEVIATION, dtype=dtype, rngs=rngs)
+        self.conv_dw = nnx.Conv(
+            channels,
+            channels,
+            (7, 7),
+            feature_group_count=channels,
+            padding=((3, 3), (3, 3)),
+            conv_general_dilated=depthwise_conv,
+            **_of_layers(dtype, rngs),
+        )
         self.norm = LayerNorm(channels, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(channels, dtype=dtype, rngs=rngs)
         self.gamma = nnx.Param(jnp.full(channels, self.scale, at_least_float32(dtype)))

@@ -13,6 +13,8 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from tat_jax.batch import Where
+from tat_jax.networks.depthwise import depthwise_conv
+from tat_jax.networks.precision import at_least_float32
 
 
 def _drawn_on_host(draw: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]) -> nnx.Initializer:
@@ -51,11 +53,6 @@ he_normal = _drawn_on_host(lambda rng, s: rng.normal(0, math.sqrt(2 / (s[0] * s[
 he_normal_by_inputs = _drawn_on_host(lambda rng, s: rng.normal(0, math.sqrt(2 / math.prod(s[:-1])), s))
 # PyTorch's default for convolutions and linear layers: uniform in ±1/sqrt(fan_in).
 torch_uniform = _drawn_on_host(lambda rng, s: rng.uniform(-1, 1, s) / math.sqrt(math.prod(s[:-1])))
-
-
-def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
-    """Return the type in which parameters, statistics and losses of `dtype` activations are kept."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 class BatchNorm(nnx.Module):
@@ -185,6 +182,7 @@ def conv(
 ) -> nnx.Conv:
     """Make a size×size convolution without bias, if `padded` by dilation · (size // 2) on every side."""
     padding = dilation * (size // 2) if padded else 0
+    depthwise = groups == in_features == out_features
     return nnx.Conv(
         in_features,
         out_features,
@@ -196,6 +194,7 @@ def conv(
         use_bias=False,
         dtype=dtype,
         param_dtype=at_least_float32(dtype),
+        conv_general_dilated=depthwise_conv if depthwise else jax.lax.conv_general_dilated,
         kernel_init=kernel_init,
         rngs=rngs,
     )

@@ -1,4 +1,4 @@
-"""Weights that lie in memory in fewer bits than their network computes with."""
+"""What is kept exact, and weights that lie in memory in fewer bits than their network computes with."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,11 @@ from flax import nnx
 from jaxtyping import DTypeLike
 
 _OWN = "dtype_of_its_own"  # of a variable that lies in fewer bits: the type that a network knows it in
+
+
+def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
+    """Return the type in which parameters, statistics and losses of `dtype` activations are kept."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def narrow(module: nnx.Module, dtype: DTypeLike) -> None:
