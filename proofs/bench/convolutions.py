@@ -1,8 +1,9 @@
 """Each kind of convolution of a network, forward and its two gradients: ours beside PyTorch's.
 
 `python -m proofs.bench.convolutions [NETWORK …] [--json FILE]`. ResNet-18 at 224², batch 16, what DeepLabV3+
-adds to it at 513², batch 2, and the depthwise ones of ConvNeXt-T and MobileNetV2 at 224², batch 8; else all. In
-float32 on a CPU, compiled as the training step is; PyTorch is channels-last. It tells where the step's time goes.
+adds to it at 513², batch 2, and the depthwise ones of ConvNeXt-T and MobileNetV2 at 224², batch 8; else all.
+In float32 on a CPU, compiled as the training step is; PyTorch is channels-last. It tells where the step's
+time goes.
 """
 
 from argparse import ArgumentParser
