@@ -176,11 +176,15 @@ def conv(
     dilation: int = 1,
     groups: int = 1,
     padded: bool = True,
+    use_bias: bool = False,
     dtype: DTypeLike = jnp.float32,
     kernel_init: nnx.Initializer = he_normal,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """Make a size×size convolution without bias, if `padded` by dilation · (size // 2) on every side."""
+    """Make a size×size convolution, if `padded` by dilation · (size // 2) on every side.
+
+    A bias starts as zeros.
+    """
     padding = dilation * (size // 2) if padded else 0
     depthwise = groups == in_features == out_features
     return nnx.Conv(
@@ -191,7 +195,7 @@ def conv(
         padding=((padding, padding),) * 2,
         kernel_dilation=dilation,
         feature_group_count=groups,
-        use_bias=False,
+        use_bias=use_bias,
         dtype=dtype,
         param_dtype=at_least_float32(dtype),
         conv_general_dilated=depthwise_conv if depthwise else jax.lax.conv_general_dilated,

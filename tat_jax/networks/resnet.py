@@ -53,10 +53,13 @@ class BasicBlock(nnx.Module):
         )
 
     def __call__(self, x: Maps, *, train: bool, where: Where | None) -> Float[Array, "batch h w c"]:
+        return nnx.relu(self.before_relu(x, train=train, where=where))
+
+    def before_relu(self, x: Maps, *, train: bool, where: Where | None) -> Float[Array, "batch h w c"]:
+        """Return the sum of both branches."""
         y = nnx.relu(self.bn1(self.conv1(x), train=train, where=where))
         y = self.bn2(self.conv2(y), train=train, where=where)
-        shortcut = self.downsample(x, train=train, where=where) if self.downsample else x
-        return nnx.relu(y + shortcut)
+        return y + (self.downsample(x, train=train, where=where) if self.downsample else x)
 
 
 class Bottleneck(nnx.Module):
@@ -90,11 +93,14 @@ class Bottleneck(nnx.Module):
         )
 
     def __call__(self, x: Maps, *, train: bool, where: Where | None) -> Float[Array, "batch h w c"]:
+        return nnx.relu(self.before_relu(x, train=train, where=where))
+
+    def before_relu(self, x: Maps, *, train: bool, where: Where | None) -> Float[Array, "batch h w c"]:
+        """Return the sum of both branches."""
         y = nnx.relu(self.bn1(self.conv1(x), train=train, where=where))
         y = nnx.relu(self.bn2(self.conv2(y), train=train, where=where))
         y = self.bn3(self.conv3(y), train=train, where=where)
-        shortcut = self.downsample(x, train=train, where=where) if self.downsample else x
-        return nnx.relu(y + shortcut)
+        return y + (self.downsample(x, train=train, where=where) if self.downsample else x)
 
 
 Block = type[BasicBlock] | type[Bottleneck]

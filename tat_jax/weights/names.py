@@ -90,8 +90,13 @@ def convert_entries(
     return StoredNetwork(weights, arguments, origin)
 
 
+def _torch_head(architecture: str) -> str:
+    found = networks.find(architecture)
+    return found.torch_modules(found.head)[0]
+
+
 def _head(architecture: str) -> tuple[str, str]:
-    module = networks.find(architecture).head
+    module = _torch_head(architecture)
     return f"{module}.weight", f"{module}.bias"
 
 
@@ -117,7 +122,7 @@ def _of_network(
     """Return the entries of the network under its own names, and what was chosen of which."""
     entries, body = _in_torch_names(entries, source), _body(architecture)
     entries = networks.find(architecture).translate(entries)
-    own = Names(architecture, body, networks.find(architecture).head)
+    own = Names(architecture, body, _torch_head(architecture))
     # MLX counts the layers of a sequence below that name, which other networks have of their own.
     without = {re.sub(r"\.layers\.(?=\d)", ".", name): array for name, array in entries.items()}
     if len(without) == len(entries) and len(body & without.keys()) > len(body & entries.keys()):
