@@ -303,6 +303,12 @@ def _build_losses(
     return built
 
 
+def _taps_of(term: Term, which: str) -> tuple[str, ...]:
+    """Return the taps of the student or the teacher that a term compares."""
+    one = term.options.get(f"{which}_tap")
+    return tuple(term.options.get(f"{which}_taps", (one,) if one else ()))
+
+
 def shapes_of(
     config: ConfigDict, terms: Sequence[Term], student: Network, teacher: Network | None
 ) -> tuple[OutputShapes, OutputShapes]:
@@ -316,7 +322,7 @@ def shapes_of(
         if network is None:
             found.append(Outputs(None, {}))
             continue
-        taps = {term.options[f"{which}_tap"]: term.name for term in terms if f"{which}_tap" in term.options}
+        taps = {tap: term.name for term in terms for tap in _taps_of(term, which)}
         try:
             shapes = watch(network.view, tuple(taps), config.data.image_size)
         except ValueError as error:

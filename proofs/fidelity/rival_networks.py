@@ -1,4 +1,4 @@
-"""CIFAR's networks beside the figures recorded from RepDistiller's own: forward, taps, gradients, statistics."""
+"""CIFAR's networks beside the figures recorded of RepDistiller's: forward, taps, gradients, statistics."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -90,12 +90,13 @@ def _of_figures(recorded: Mapping[str, Any], shapes: Mapping[str, Any]) -> Itera
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(view, nnx.Param)))
     yield claim("parameters", abs(parameters - recorded["parameters"]))
     seen, told = view(images), recorded["eval"]
+    assert seen.logits is not None
     yield claim("logits", relative_error(np.ravel(seen.logits)[:8], told["logits_first8"]))
     for kind, preact in (("taps", False), ("preact_taps", True)):
         found = [norm_and_sum(tap) for tap in taps_of(seen, preact=preact)]
         there = [tap["norm_sum"] if isinstance(tap, Mapping) else tap for tap in told[kind]]
         yield claim(kind, largest_relative_error(np.ravel(found), np.ravel(there)))
-    graph, params, rest = nnx.split(view, nnx.Param, ...)
+    graph, params, rest = nnx.split(view, nnx.Param, nnx.Not(nnx.Param))
 
     def loss(params: nnx.State) -> tuple[jax.Array, tuple[Outputs, nnx.State]]:
         model = nnx.merge(graph, params, rest, copy=True)

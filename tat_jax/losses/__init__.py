@@ -12,12 +12,21 @@ from ml_collections import ConfigDict
 
 from tat_jax.batch import Batch
 from tat_jax.fields import Field, Fields, Rule
+from tat_jax.losses.attention_transfer import attention_transfer
+from tat_jax.losses.dist import dist
+from tat_jax.losses.dkd import dkd
+from tat_jax.losses.ickd import ickd
 from tat_jax.losses.labels import cross_entropy, pixel_cross_entropy
-from tat_jax.losses.logits import kd_loss, kd_weights, kl_divergence
-from tat_jax.losses.loss import FunctionLoss, Loss, Value
+from tat_jax.losses.logits import kd, kd_loss, kd_weights, kl_divergence, logit_standardization
+from tat_jax.losses.loss import TAP_OPTIONS, FunctionLoss, Loss, Value
 from tat_jax.losses.maps import resized_loss
+from tat_jax.losses.nkd import nkd
 from tat_jax.losses.patches import anchor_loss, patch_group_loss
+from tat_jax.losses.pkt import pkt
 from tat_jax.losses.relations import self_similarity_loss
+from tat_jax.losses.review import hierarchical_context_loss
+from tat_jax.losses.rkd import rkd
+from tat_jax.losses.similarity_preserving import similarity_preserving
 from tat_jax.losses.tat import target_aware_attention, tat_loss
 from tat_jax.networks.view import Outputs
 from tat_jax.schedules import WEIGHT, is_zero
@@ -31,15 +40,26 @@ __all__ = [
     "Outputs",
     "Term",
     "anchor_loss",
+    "attention_transfer",
     "cross_entropy",
+    "dist",
+    "dkd",
+    "hierarchical_context_loss",
+    "ickd",
+    "kd",
     "kd_loss",
     "kd_weights",
     "kl_divergence",
+    "logit_standardization",
+    "nkd",
     "own_terms",
     "patch_group_loss",
     "pixel_cross_entropy",
+    "pkt",
     "resized_loss",
+    "rkd",
     "self_similarity_loss",
+    "similarity_preserving",
     "target_aware_attention",
     "tat_loss",
     "terms_of",
@@ -105,12 +125,17 @@ def terms_of(config: ConfigDict) -> list[Term]:
         if loss.compares_taps:
             named = {f"{name}_{tap}": _of_taps(tap) | _said(options) for tap, options in entry.items()}
         else:
-            named = {name: _said(entry)}
+            named = {name: _usual_taps(loss) | _said(entry)}
         for term, options in named.items():
             weight = options.pop("weight", 0.0)
             if not is_zero(weight):
                 found.append(Term(term, loss, weight, options))
     return found
+
+
+def _usual_taps(loss: type[Loss]) -> dict[str, Any]:
+    """Return the taps that a loss compares unless a config says others."""
+    return {name: option.default for name, option in loss.options.items() if name in TAP_OPTIONS}
 
 
 def _of_taps(name: str) -> dict[str, Any]:

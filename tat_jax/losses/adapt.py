@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+import numpy as np
+from einops import rearrange, reduce
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
@@ -115,6 +116,42 @@ def resize(x: Float[Array, "batch h w channels"], grid: Shape) -> Float[Array, "
         return x
     shape = (len(x), *grid, x.shape[-1])
     return jax.image.resize(x, shape, "bilinear", antialias=False, precision=jax.lax.Precision.HIGHEST)
+
+
+def pool(x: Float[Array, "batch h w channels"], grid: Shape) -> Float[Array, "batch height width channels"]:
+    """Return maps of a smaller grid by averages, in float32 at least.
+
+    As PyTorch's `adaptive_avg_pool2d`: position i of n is the mean from ⌊i·size/n⌋ to ⌈(i+1)·size/n⌉.
+    """
+    x = x.astype(at_least_float32(x.dtype))
+    if x.shape[1:3] == tuple(grid):
+        return x
+    rows, columns = (jnp.asarray(_windows(*sides), x.dtype) for sides in zip(x.shape[1:3], grid, strict=True))
+    return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, x, precision="highest")
+
+
+def _windows(size: int, count: int) -> np.ndarray:
+    """Return the weights of positions in each of so many windows."""
+    positions = np.arange(size)
+    first = np.arange(count) * size // count
+    end = -(-(np.arange(count) + 1) * size // count)
+    inside = (positions >= first[:, None]) & (positions < end[:, None])
+    return inside / inside.sum(1, keepdims=True)
+
+
+def nearest(
+    x: Float[Array, "batch h w channels"], grid: Shape
+) -> Float[Array, "batch height width channels"]:
+    """Return maps of another grid, of which position i is that of ⌊i·size/n⌋, as PyTorch's `nearest`."""
+    rows, columns = (np.arange(n) * size // n for size, n in zip(x.shape[1:3], grid, strict=True))
+    return x[:, rows][:, :, columns]
+
+
+def vectors(x: Float[Array | np.ndarray, "batch *positions channels"]) -> Float[Array, "batch channels"]:
+    """Return a vector for each image, of a map or tokens the mean, in float32 at least."""
+    x = jnp.asarray(x)
+    x = x.astype(at_least_float32(x.dtype))
+    return x if x.ndim == 2 else reduce(x, "b ... c -> b c", "mean")
 
 
 def unit_vectors(x: Float[Array, "*positions channels"]) -> Float[Array, "*positions channels"]:

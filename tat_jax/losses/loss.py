@@ -1,6 +1,6 @@
 """What a loss is: a module that compares what two networks say of a batch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from tat_jax.batch import Batch, MixedLabels
-from tat_jax.fields import TEXT, Field, or_none
+from tat_jax.fields import TEXT, Field, Rule, or_none
 from tat_jax.networks.view import Outputs, OutputShapes
 
 Value = Float[Array, ""] | Float[Array, " batch"]
@@ -80,6 +80,42 @@ TAPS: Mapping[str, Field] = {
     "student_tap": Field(str, or_none(TEXT), "tap of the student; None: the name of the term", optional=True),
     "teacher_tap": Field(str, or_none(TEXT), "tap of the teacher; None: the name of the term", optional=True),
 }
+
+
+TAP_OPTIONS = ("student_tap", "teacher_tap", "student_taps", "teacher_taps")
+_NAMES = Rule(
+    "one or more names of taps",
+    lambda value: isinstance(value, tuple | list) and len(value) > 0 and all(map(TEXT.holds, value)),
+)
+
+
+def taps_of(student: tuple[str, ...], teacher: tuple[str, ...]) -> Mapping[str, Field]:
+    """Return the fields of a loss that compares several pairs of taps, with their defaults."""
+    return {
+        f"{which}_taps": Field(names, _NAMES, f"taps of the {which}, pair by pair", optional=True)
+        for which, names in (("student", student), ("teacher", teacher))
+    }
+
+
+def check_pairs(student: Sequence[str], teacher: Sequence[str]) -> None:
+    """Check that taps come in pairs.
+
+    Raises:
+        ValueError: they are not as many.
+    """
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"student_taps and teacher_taps are compared pair by pair, and are {len(student)} "
+            f"({', '.join(student)}) and {len(teacher)} ({', '.join(teacher)})"
+        )
+
+
+def tap_of(default: str) -> Mapping[str, Field]:
+    """Return the fields of a loss that compares one pair of taps, whatever it is called in a config."""
+    return {
+        f"{which}_tap": Field(default, TEXT, f"tap of the {which}", optional=True)
+        for which in ("student", "teacher")
+    }
 
 
 def logits_of(outputs: Outputs) -> Array:

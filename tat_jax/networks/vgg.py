@@ -56,7 +56,8 @@ class VGG(CifarNetwork):
 
     def maps(self, images: Maps, *, train: bool, where: Where | None) -> tuple[Out, Taps]:
         """Return the last stage's maps, and the taps."""
-        x, taps = images, {}
+        taps: Taps = {}
+        x = images
         for i, name in enumerate(self.stages):
             layers = getattr(self, name)
             for convolution, norm in zip(layers[::2], layers[1::2], strict=True):

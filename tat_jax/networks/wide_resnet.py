@@ -6,6 +6,7 @@ sums behind the BatchNorm that comes next, before its ReLU.
 """
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -76,7 +77,7 @@ class WideResNet(CifarNetwork):
         for name, width, stride in zip(self.stages, (16, 32, 64), (1, 2, 2), strict=True):
             blocks: nnx.List[WideBlock] = nnx.List([])
             for i in range((depth - 4) // 6):
-                of_block = {"dtype": dtype, "bn_group": bn_group, "rngs": rngs}
+                of_block: dict[str, Any] = {"dtype": dtype, "bn_group": bn_group, "rngs": rngs}
                 blocks.append(WideBlock(features, width * factor, stride if i == 0 else 1, **of_block))
                 features = width * factor
             setattr(self, name, nnx.Dict(layer=blocks))

@@ -1,0 +1,25 @@
+"""The rivals of TaT beside the figures recorded of their authors' own code.
+
+`python -m proofs.fidelity.rivals FILE` checks every loss and every network in a file of the kind of
+tests/golden/rivals.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from proofs.fidelity import rival_losses, rival_networks
+from proofs.fidelity.claim import Claim, check_files
+from proofs.program import ROOT
+
+GOLDEN = ROOT / "tests" / "golden" / "rivals.json"
+
+
+def claims(file: Path = GOLDEN) -> list[Claim]:
+    """Compare everything that a file holds."""
+    figures = json.loads(file.read_text())
+    return [*rival_losses.claims(figures), *rival_networks.claims(figures)]
+
+
+if __name__ == "__main__":
+    check_files(claims, sys.argv[1:] or [GOLDEN])

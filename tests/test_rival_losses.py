@@ -1,0 +1,197 @@
+"""The rivals' losses have their authors' figures, are 0 where they should be, and leave padding out."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from proofs.fidelity import rival_losses
+from tat_jax import losses
+from tat_jax.batch import Batch
+from tat_jax.configs import base
+from tat_jax.losses import LOSSES, hierarchical_context_loss, terms_of
+from tat_jax.losses.correlation_congruence import CorrelationCongruence
+from tat_jax.losses.ickd import ICKD
+from tat_jax.losses.review import Level, Review
+from tat_jax.losses.vid import VID
+from tat_jax.networks.view import Outputs
+from tests.claims import broken
+
+FIGURES = json.loads((Path(__file__).parent / "golden" / "rivals.json").read_text())
+HERE = [case for case in FIGURES["losses"] if case["method"] in rival_losses.METHODS]
+LABELS = np.array([3, 0, 4, 1, 2, 3])
+LOGITS = {
+    "kd": losses.kd,
+    "dkd": lambda s, t, where=None: losses.dkd(s, t, LABELS[: len(s)], where=where),
+    "nkd": lambda s, t, where=None: losses.nkd(s, t, LABELS[: len(s)], where=where),
+    "dist": losses.dist,
+    "standardized": lambda s, t, where=None: losses.kd(
+        losses.logit_standardization(s), losses.logit_standardization(t), where=where
+    ),
+}
+VECTORS = {"rkd": losses.rkd, "pkt": losses.pkt}
+MAPS = {
+    "at": losses.attention_transfer,
+    "sp": losses.similarity_preserving,
+    "ickd": losses.ickd,
+    "hcl": hierarchical_context_loss,
+}
+ALL = {
+    **{n: (f, (6, 5)) for n, f in (LOGITS | VECTORS).items()},
+    **{n: (f, (6, 4, 4, 5)) for n, f in MAPS.items()},
+}
+BETWEEN_IMAGES = ("dist", "rkd", "pkt", "sp")
+
+
+def drawn(shape, seed=0, dtype=None):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+@pytest.fixture(params=ALL)
+def loss(request):
+    return ALL[request.param]
+
+
+@pytest.mark.parametrize("case", HERE, ids=lambda case: case["id"])
+def test_values_parts_and_gradients_are_those_recorded_of_the_authors_code(case, x64):
+    assert broken(list(rival_losses.claims({"losses": [case]}))) == []
+
+
+def test_what_was_recorded_of_other_methods_is_named():
+    (claim,) = rival_losses.claims({"losses": [{"id": "x/0", "method": "X"}]})
+    assert "X is not here" in claim.claim
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "nkd"])
+def test_where_student_equals_teacher_it_is_zero_and_so_is_its_gradient(name, x64):
+    loss, shape = ALL[name]
+    x = drawn(shape)
+    value, gradient = jax.value_and_grad(lambda s: loss(s, x))(x)
+    # DIST and PKT add small numbers to what they divide by, DIST to the tiny norms of soft predictions.
+    bound = 1e-3 if name == "dist" else 1e-7
+    assert abs(value) < bound
+    assert jnp.abs(gradient).max() < bound
+
+
+def test_nkd_of_the_other_classes_is_least_where_student_equals_teacher(x64):
+    teacher = drawn((6, 5))
+    both, label = (
+        jax.grad(lambda s, gamma=gamma: losses.nkd(s, teacher, LABELS, gamma=gamma))(teacher)
+        for gamma in (1.0, 0.0)
+    )
+    np.testing.assert_allclose(both, label, atol=1e-15)
+
+
+def test_padding_changes_neither_value_nor_gradient(loss, x64):
+    loss, shape = loss
+    student, teacher = drawn(shape, 1), drawn(shape, 2)
+    where = jnp.arange(6) < 4
+    value, gradient = jax.value_and_grad(lambda s: loss(s, teacher, where=where))(student)
+    alone, of_alone = jax.value_and_grad(lambda s: loss(s, teacher[:4]))(student[:4])
+    np.testing.assert_allclose(value, alone, rtol=1e-12)
+    np.testing.assert_allclose(gradient[:4], of_alone, rtol=1e-10, atol=1e-14)
+    np.testing.assert_array_equal(gradient[4:], 0)
+
+
+@pytest.mark.parametrize("fill", ["equal rows", "zeros", "far apart"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_nothing_is_nan_at_the_edges_and_the_loss_is_float32(loss, fill, dtype):
+    loss, shape = loss
+    student, teacher = drawn(shape, 1, dtype), drawn(shape, 2, dtype)
+    if fill == "equal rows":
+        student = jnp.broadcast_to(student[:1], shape)
+    elif fill == "zeros":
+        student, teacher = jnp.zeros_like(student), jnp.zeros_like(teacher)
+    else:
+        student, teacher = (jnp.where(x > 0, 1e4, -1e4).astype(dtype) for x in (student, teacher))
+    value, gradient = jax.value_and_grad(lambda s: loss(s, teacher))(student)
+    assert value.dtype == jnp.float32
+    assert jnp.isfinite(value)
+    assert jnp.isfinite(gradient.astype(jnp.float32)).all()
+
+
+@pytest.mark.parametrize("name", BETWEEN_IMAGES)
+def test_images_on_eight_devices_are_compared_with_those_of_all(name, x64):
+    loss, shape = ALL[name]
+    shape = (16, *shape[1:])
+    student, teacher = drawn(shape, 1), drawn(shape, 2)
+    alone = jax.value_and_grad(lambda s: loss(s, teacher))(student)
+    mesh = Mesh(jax.devices(), ("data",))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    split = jax.jit(jax.value_and_grad(loss))(*jax.device_put((student, teacher), rows))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14), split, alone)
+
+
+def outputs(**taps):
+    return Outputs(None, taps)
+
+
+def batch_of(count, valid=None):
+    where = np.arange(count) < (count if valid is None else valid)
+    return Batch(np.zeros((count, 1, 1, 3), np.uint8), None, where)
+
+
+def modules(dtype=jnp.float32):
+    """Return each loss with parameters, and taps of a student and a teacher for it."""
+    options = {"dtype": dtype, "rngs": nnx.Rngs(0)}
+    maps = {"student_tap": "a", "teacher_tap": "a"}
+    several = {"student_taps": ("a", "b"), "teacher_taps": ("a", "b")}
+    student = {"a": drawn((6, 8, 8, 3), 1, dtype), "b": drawn((6, 4, 4, 5), 2, dtype)}
+    teacher = {"a": drawn((6, 8, 8, 4), 3, dtype), "b": drawn((6, 2, 2, 6), 4, dtype)}
+    levels = [Level(3, 4), Level(5, 6)]
+    return {
+        "cc": (CorrelationCongruence(3, 4, **maps, features=7, **options), student, teacher),
+        "ickd": (ICKD(3, 4, **maps, **options), student, teacher),
+        "vid": (VID([(3, 4), (5, 6)], **several, **options), student, teacher),
+        "review": (Review(levels, **several, **options), student, teacher),
+    }
+
+
+@pytest.mark.parametrize("name", ["cc", "ickd", "vid", "review"])
+def test_padding_is_left_out_of_the_losses_with_parameters_and_these_are_trained(name, x64):
+    loss, student, teacher = modules(jnp.float64)[name]
+    graph, params, rest = nnx.split(loss, nnx.Param, ...)
+
+    def value(params, student, teacher, batch):
+        module = nnx.merge(graph, params, rest, copy=True)
+        found = module(outputs(**student), outputs(**teacher), batch, train=True)
+        return jnp.mean(found, where=batch.where) if found.ndim else found
+
+    padded = jax.value_and_grad(value)(params, student, teacher, batch_of(6, 4))
+    first = [{name: x[:4] for name, x in taps.items()} for taps in (student, teacher)]
+    alone = jax.value_and_grad(value)(params, *first, batch_of(4))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13), padded, alone)
+    norms = [float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(alone[1])]
+    assert np.median(norms) > 0
+
+
+@pytest.mark.parametrize("name", ["cc", "ickd", "vid", "review"])
+def test_in_bfloat16_losses_with_parameters_are_float32_and_finite_at_zeros(name):
+    loss, student, teacher = modules(jnp.bfloat16)[name]
+    found = loss(outputs(**student), outputs(**teacher), batch_of(6), train=True)
+    assert found.dtype == jnp.float32
+    zeros = [jax.tree.map(jnp.zeros_like, taps) for taps in (student, teacher)]
+    assert jnp.isfinite(loss(outputs(**zeros[0]), outputs(**zeros[1]), batch_of(6), train=True)).all()
+
+
+@pytest.mark.parametrize("name", ["at", "vid", "review"])
+def test_taps_that_are_no_pairs_are_counted(name):
+    options = {"student_taps": ("a", "b"), "teacher_taps": ("a",)}
+    with pytest.raises(ValueError, match=r"pair by pair, and are 2 \(a, b\) and 1 \(a\)"):
+        LOSSES[name].build(
+            outputs(), outputs(), **options, dtype=jnp.float32, bn_group=None, rngs=nnx.Rngs(0)
+        )
+
+
+def test_a_config_that_names_no_taps_has_those_of_the_loss():
+    config = base.base()
+    with config.unlocked():
+        config.losses = {"rkd": {"weight": 1.0}, "at": {"weight": 1.0, "student_taps": ("layer1",)}}
+    at, rkd = terms_of(config.losses)  # as a config sorts them
+    assert (rkd.options["student_tap"], rkd.options["teacher_tap"]) == ("pooled", "pooled")
+    assert (at.options["student_taps"], at.options["teacher_taps"][0]) == (("layer1",), "stage1")
