@@ -59,7 +59,8 @@ def plot_run(rows: Rows, path: Path, terms: Sequence[str], task: Task) -> None:
 def plot_study(study: Comparison, path: Path) -> None:
     """Draw mean and standard deviation of the task's best measure over the seeds of each method, by epoch."""
     task = study.task
-    figure = _figure(8 if len(study.lines) <= _LISTED else 11, 5)
+    few = len(study.lines) <= _LISTED
+    figure = _figure(8 if few else 11, 5)
     axes = figure.subplots()
     for (name, measures), style in zip(study.teachers.items(), itertools.cycle(("--", "-.", ":"))):
         if task.best in measures:
@@ -76,10 +77,9 @@ def plot_study(study: Comparison, path: Path) -> None:
     axes.set(xlabel="epoch", ylabel=_of_unit(f"validation {task.titles[task.best]}", task), title=title)
     axes.grid(alpha=0.3)
     _count(axes)
-    if len(study.lines) <= _LISTED:
-        axes.legend(loc="lower right")
-    else:
-        figure.legend(loc="outside right upper")
+    legend = axes.legend(loc="lower right") if few else figure.legend(loc="outside right upper")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     figure.savefig(path, dpi=120)
 
 
@@ -119,8 +119,8 @@ def _dots(
         axes.scatter(values, np.full(len(values), place), s=18, color="white", edgecolors=colour, zorder=3)
     means, lows, highs = np.array([interval(values) for values in methods]).T
     ends = None if np.isnan(lows).any() else [means - lows, highs - means]
-    style = {"color": colour, "ms": 7, "lw": 1, "capsize": 3, "zorder": 4}
-    axes.errorbar(means, places, xerr=ends, fmt=marker, label=label, **style)
+    bars = axes.errorbar(means, places, xerr=ends, fmt=marker, color=colour, ms=7, lw=1, capsize=3, zorder=4)
+    bars.set_label(label)
 
 
 def plot_confusion(

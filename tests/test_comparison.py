@@ -14,7 +14,7 @@ from tat_jax import comparison, pictures, tables
 from tat_jax.comparison import BY_HELD_OUT, Method, Run, compare
 from tat_jax.tasks.classification import Classification
 
-CONTROL, OTHER = (70.1, 70.9, 70.3), (71.4, 71.8, 71.5)
+CONTROL, OTHER = (70.1, 70.9, 70.3), (71.4, 72.0, 71.5)
 LAST, BEST = ("top1", "last"), ("top1", "best")
 
 
@@ -72,6 +72,7 @@ def test_one_seed_has_a_difference_and_no_interval_and_nothing_wins():
         ({"kd": (70.2, 71.5, 70.1)}, None),  # the control lies within its interval
         ({"kd": OTHER, "tat": (71.3, 72.0, 71.4)}, None),  # the second highest does
         ({"kd": OTHER, "tat": (70.2, 71.0, 70.4)}, "kd"),
+        ({"kd": (71.0, 71.0, 71.0), "tat": (70.8, 70.8, 70.81)}, None),  # the control does, the second not
         ({"kd": (60.1, 60.8, 60.3)}, "alone"),
     ],
 )
@@ -87,7 +88,7 @@ def test_methods_are_compared_with_the_control_of_their_own_and_win_among_its():
         method("alone", CONTROL),
         method("kd", OTHER),
         method("small alone", (50.1, 50.9, 50.3), "small alone"),
-        method("small kd", (51.4, 51.8, 51.5), "small alone"),
+        method("small kd", (51.4, 52.0, 51.5), "small alone"),
     )
     assert {name: len(lines) for name, lines in study.groups.items()} == {"alone": 2, "small alone": 2}
     assert [found.method for found in study.lines if found.cells[LAST].wins] == ["kd", "small kd"]
@@ -173,8 +174,10 @@ def test_the_tables_in_text_markdown_csv_and_json_agree(study):
 
 
 def test_the_pictures_show_every_method_of_any_name(study, tmp_path):
+    named = compared(method("$\\no$", [70.0], "$\\no$"))  # which is no formula
     pictures.plot_comparison(study, tmp_path / "dots.png")
     pictures.plot_study(study, tmp_path / "curves.png")
-    pictures.plot_comparison(compared(method("a $ b $", [70.0], "a $ b $")), tmp_path / "one.png")
+    pictures.plot_study(named, tmp_path / "curves.png")
+    pictures.plot_comparison(named, tmp_path / "one.png")
     with Image.open(tmp_path / "dots.png") as dots, Image.open(tmp_path / "one.png") as one:
         assert dots.height - one.height == pytest.approx(120 * 0.45 * 2, abs=2)
