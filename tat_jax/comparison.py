@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
 
 from tat_jax.metrics import is_evaluation, last_and_best
 from tat_jax.tasks.task import Task
@@ -132,6 +131,8 @@ def interval(values: Sequence[float]) -> Estimate:
     mean, n = float(np.mean(values)), len(values)
     if n < 2:
         return Estimate(mean, np.nan, np.nan)
+    from scipy.special import stdtrit  # here, as a training needs it at its end alone
+
     quantile = stdtrit(n - 1, (1 + _CONFIDENCE) / 2)
     half = float(quantile * np.std(values, ddof=1) / np.sqrt(n))
     return Estimate(mean, mean - half, mean + half)
@@ -199,7 +200,8 @@ def _with_average(method: Method) -> Iterator[Method]:
     yield method
     averages = [of_average(run.rows) for run in method.runs]
     if all(averages):
-        runs = [run._replace(rows=rows) for run, rows in zip(method.runs, averages, strict=True)]
+        # Its costs are those of the method before it.
+        runs = [run._replace(rows=rows, costs={}) for run, rows in zip(method.runs, averages, strict=True)]
         yield Method(f"{method.name}, EMA", method.control, runs)
 
 

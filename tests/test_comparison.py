@@ -169,6 +169,7 @@ def test_the_tables_in_text_markdown_csv_and_json_agree(study):
     assert kd.endswith("| 3 | 1,234 | 104.2 | 3 | 0.00 | 73.33 (best) |")
     assert "| control | control |" in control
     assert average.startswith("| a \\| b, EMA | 70.00 ± 0.00 |")
+    assert average.endswith("| 3 | – | – | – | – |  |")  # its costs are those of the line above
     for values in (CONTROL, last["seeds"], [75.0]):
         assert f"{np.mean(values):.2f}" in tables.text(study)
 

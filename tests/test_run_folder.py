@@ -10,7 +10,7 @@ import pytest
 from tat_jax import run_folder
 from tat_jax.configs import base, r18_r34, r18_r34_kd
 from tat_jax.experiment import FIELDS
-from tat_jax.run_folder import only_run
+from tat_jax.run_folder import BusyError, only_run
 from tat_jax.schedules import linear
 
 
@@ -172,7 +172,7 @@ class TestOnlyRun:
     def test_a_second_run_is_refused_until_the_first_has_ended(self, tmp_path):
         with (
             only_run(tmp_path / "run"),
-            pytest.raises(ValueError, match=r"another run is at work in .*run; choose another --workdir"),
+            pytest.raises(BusyError, match=r"another run is at work in .*run; choose another --workdir"),
             only_run(tmp_path / "run"),
         ):
             pass

@@ -211,18 +211,29 @@ def test_a_run_of_another_process_is_passed_over_and_taken_up_when_that_is_kille
     config = config_of({"kd": KD, "alone": {}})
     (tmp_path / "kd" / "seed0").mkdir(parents=True)
     command = [sys.executable, "-c", _HOLDER, str(tmp_path / "kd" / "seed0" / "lock")]
-    trained = []
+    asked, begun, seen = [], [], []
+    look, begin = run_folder.is_busy, train.run
+
+    def is_busy(place):
+        asked.append(place)
+        return look(place) and asked.count(place) != 2  # the second time, it is taken in between
+
+    def begin_and_note(config, place):
+        begun.append(str(place.relative_to(tmp_path)))
+        return begin(config, place)
+
+    def kill(seconds):
+        seen.append(list(begun))
+        holder.kill()
+        holder.wait()
+
+    monkeypatch.setattr(run_folder, "is_busy", is_busy)
+    monkeypatch.setattr(train, "run", begin_and_note)
+    monkeypatch.setattr(study.time, "sleep", kill)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-
-        def look_again(seconds):
-            trained.append([path.parts[-3] for path in tmp_path.rglob("seed0/metrics.jsonl")])
-            holder.kill()
-            holder.wait()
-
-        monkeypatch.setattr(study.time, "sleep", look_again)
         study.run(config, tmp_path)
-    assert trained == [["alone"]]
+    assert seen == [["teacher", "alone/seed0", "kd/seed0"]]
     assert last(tmp_path / "kd" / "seed0") == last(folder / "kd" / "seed0")
 
 
