@@ -58,7 +58,10 @@ def loss(name: str, **options: Any) -> ConfigDict:
 
 
 def study(
-    seeds: Sequence[int], students: Mapping[str, Any], teacher: Mapping[str, Any] | None = None
+    seeds: Sequence[int],
+    students: Mapping[str, Any],
+    teacher: Mapping[str, Any] | None = None,
+    **further: Any,
 ) -> ConfigDict:
     """Return what a config says of a study: what differs for each of its students, and for its teacher.
 
@@ -66,9 +69,12 @@ def study(
         seeds: of each student.
         students: the variants, in the order of the table.
         teacher: trained first; without one the config's `teacher.weights` teach.
+        further: of its other fields, as `teachers`.
     """
     said = ConfigDict({"seeds": tuple(seeds)} | ({"teacher": dict(teacher)} if teacher is not None else {}))
-    said.students = ConfigDict(dict(students), sort_keys=False)  # a plain dictionary would be sorted
+    for name, value in {"students": students, **further}.items():
+        # A plain dictionary would be sorted.
+        said[name] = ConfigDict(dict(value), sort_keys=False) if isinstance(value, Mapping) else value
     return said
 
 

@@ -3,7 +3,7 @@
 import jax
 from ml_collections import ConfigDict
 
-from tat_jax import inspection, networks, pods, sharding, study, trial
+from tat_jax import inspection, networks, pods, sharding, study, trial, variants
 from tat_jax.buckets import Place, place
 from tat_jax.data import sample
 from tat_jax.items import Failed, Items
@@ -26,13 +26,13 @@ def run(
     """Check all that training `config` in `folder` needs, first steps included; of a study, every training.
 
     Prints a line for each item as it goes. One that fails leaves out only those that need it, so that one
-    call finds all that is wrong. The teacher of a study is random here until it is trained. All that is
+    call finds all that is wrong. The teachers of a study are random here until they are trained. All that is
     written is a picture, `check.png` in the folder: training crops with their labels, of a study those of its
     first training.
 
     Args:
         config: as the functions in `configs/` return it.
-        folder: of the run, on this machine or in a bucket; of a study only its teacher's is looked at.
+        folder: of the run, on this machine or in a bucket; of a study its teachers' are looked at alone.
         student: a network of your own instead of the config's, as in `train.run`.
         teacher: likewise.
         losses: further terms of the loss, as in `train.run`.
@@ -50,14 +50,14 @@ def run(
 
     if "study" not in config:
         return check(config, place(folder), None)
-    study.check(config)
-    here = study.folder_of(folder)
-    trainings = {name: of_seeds[0] for name, of_seeds in study.students_of(config, here).items()}
-    if of_teacher := study.teacher_of(config):
-        trainings = {"teacher": of_teacher, **trainings}
-        if not folders.steps(here / "teacher"):  # it is yet to be trained
-            for training in trainings.values():
-                training.teacher.weights = networks.RANDOM
+    variants.check(config)
+    here, teachers = study.folder_of(folder), variants.teachers_of(config)
+    students = {name: of_seeds[0] for name, of_seeds in variants.students_of(config, here).items()}
+    trainings = teachers | students
+    untrained = [str(here / name) for name in teachers if not folders.steps(here / name)]
+    for training in trainings.values():
+        if training.teacher.weights in untrained:
+            training.teacher.weights = networks.RANDOM
     hold: list[bool] = []
     for name, training in trainings.items():
         if jax.process_index() == 0:

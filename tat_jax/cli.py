@@ -118,13 +118,13 @@ def main(_: list[str]) -> None:
 def parse_flags(arguments: list[str]) -> list[str]:
     """Parse the flags, or say in a line which one is wrong and what may have been meant."""
     try:
-        from tat_jax import experiment
+        from tat_jax import variants
 
         if {"--help", "-help", "-h", "-?"} & set(arguments[1:]):
             print(_help())
             sys.exit(0)
         expanded = flags.FLAGS.read_flags_from_files(arguments, force_gnu=False)
-        others, _OVERRIDES[:] = overrides.split(expanded, experiment.FIELDS)
+        others, _OVERRIDES[:] = overrides.split(expanded, variants.OVERRIDES)
         left = flags.FLAGS(others)[1:]
         if left:
             raise ValueError(f"unknown argument {left[0]!r}; flags begin with --")
@@ -195,7 +195,7 @@ def read_experiment() -> Experiment:
         ValueError: there is no such config, a field or its value is not allowed, or without --config there
             is something else in the folder than a training may go into or an evaluation needs.
     """
-    from tat_jax import experiment, fields, run_folder
+    from tat_jax import experiment, fields, run_folder, variants
 
     folder, origin = _folder(), ""
     if _CONFIG.value is not None:
@@ -210,10 +210,11 @@ def read_experiment() -> Experiment:
             origin = f"without --config: the demonstration, {config_files.DEMO}"
     with config.unlocked():
         fields.renew(experiment.FIELDS, config)
-    overrides.apply(config, _OVERRIDES, experiment.FIELDS)
+    overrides.apply(config, _OVERRIDES, variants.OVERRIDES)
     config_files.expand_paths(config)
     names = [override.name for override in _OVERRIDES]
-    if "teacher.weights" in names and "teacher" in config.get("study", {}):
+    trained = variants.names_of_teachers(config) if "study" in config else []
+    if "teacher.weights" in names and trained and config.teacher.weights not in trained:
         raise ValueError(
             "--config.teacher.weights does nothing in a study that trains its own, as study.teacher says; "
             "one of your own without that takes the config's, see configs/compare.py"
@@ -336,8 +337,9 @@ def _unknown_flag(error: flags.UnrecognizedFlagError) -> str:
 
 def _help() -> str:
     """Return what the flags are, and every field of a config."""
-    from tat_jax import experiment, fields
+    from tat_jax import experiment, fields, variants
 
-    of_config = "\n".join(f"  --config.{line}" for line in fields.lines(experiment.FIELDS))
+    every = {**experiment.FIELDS, "study": variants.FIELDS}
+    of_config = "\n".join(f"  --config.{line}" for line in fields.lines(every))
     of_flags = flags.FLAGS.module_help(__name__)
     return f"{__doc__}\n{of_flags}\n\nFields of a config, with their defaults:\n{of_config}"

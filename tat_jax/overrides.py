@@ -87,8 +87,8 @@ def _set(config: ConfigDict, name: str, texts: Sequence[str], fields: Fields) ->
     for part in above:
         below = known.get(part, known.get("*"))
         if part and part not in here and isinstance(below, Mapping) and may_be_missing(below):
-            with here.unlocked():  # a term of the loss that the config does not list
-                here[part] = ConfigDict()
+            with here.unlocked():  # a term or a variant that the config does not list
+                here[part] = ConfigDict(sort_keys=False)
         _check_is_there(part, here, prefix, fields)
         prefix += f"{part}."
         if not isinstance(here[part], ConfigDict):
@@ -111,13 +111,15 @@ def _set(config: ConfigDict, name: str, texts: Sequence[str], fields: Fields) ->
 
 def _value_of(name: str, here: ConfigDict, known: Fields, prefix: str, fields: Fields) -> Any:
     """Return what a field is; of one that its section may lack, the default; of a section, its fields."""
+    there: Iterable[str] = here or known
     if name not in here and name and may_be_missing(known):
         declared = known.get(name, known.get("*"))
         if isinstance(declared, Field):
             return None if isinstance(declared.default, type) else declared.default
         if isinstance(declared, Mapping):
             return declared
-    _check_is_there(name, here or known, prefix, fields)
+        there = {*here, *known}
+    _check_is_there(name, there, prefix, fields)
     return here[name]
 
 

@@ -1,9 +1,10 @@
 """Pictures of runs."""
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 import numpy as np
 from jaxtyping import Integer
@@ -11,20 +12,25 @@ from PIL import Image, ImageDraw
 
 from tat_jax import overlays, paths
 from tat_jax.captions import LINE, fit, font
+from tat_jax.comparison import Comparison, Rows, interval, of_average
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.source import Label, Source, class_colours, class_names, printable
+from tat_jax.quantities import count
 from tat_jax.tasks.task import Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Rows = Sequence[Mapping[str, Any]]
 _Block: TypeAlias = list[tuple[np.ndarray, str]]  # images, each with its caption
 
 _IMAGES, _COLUMNS = 16, 8  # of each split, in rows of so many
 _WRITTEN = 32  # classes or fewer of a confusion, whose cells have numbers
 _LEAST, _MOST = 96, 224  # of the side of an image that is shown
+_LISTED = 8  # methods or fewer of a study, whose legend lies within the axes
+_STYLES = ("-", "--", "-.", ":")  # of lines, where there are more than ten colours
+# Of dots: their marker and colour, and how far they lie below the place of their method.
+_EPOCHS = {"last": ("o", "C0", -0.16), "best": ("D", "C1", 0.16)}
 
 
 def plot_run(rows: Rows, path: Path, terms: Sequence[str], task: Task) -> None:
@@ -36,9 +42,11 @@ def plot_run(rows: Rows, path: Path, terms: Sequence[str], task: Task) -> None:
         if len(steps):
             loss.plot(steps, values, label=name)
     loss.set(xlabel="step", ylabel="loss", title="Training", yscale="log")
-    for name, title in task.titles.items():
-        steps, values = _column(rows, f"eval/{name}")
-        measures.plot(steps, task.shown(values), marker=".", label=title)
+    for evaluations, whose in ((rows, ""), (of_average(rows), " of the EMA")):
+        for name, title in task.titles.items():
+            steps, values = _column(evaluations, f"eval/{name}")
+            if len(steps):
+                measures.plot(steps, task.shown(values), marker=".", label=f"{title}{whose}")
     measures.set(xlabel="step", ylabel=_of_unit(", ".join(task.titles.values()), task), title="Validation")
     for axes in (loss, measures):
         axes.grid(alpha=0.3)
@@ -48,33 +56,71 @@ def plot_run(rows: Rows, path: Path, terms: Sequence[str], task: Task) -> None:
     figure.savefig(path, dpi=120)
 
 
-def plot_study(runs: Mapping[str, Sequence[Rows]], teacher: float | None, path: Path, task: Task) -> None:
-    """Draw mean and standard deviation of the task's best measure over the seeds of each variant, by epoch.
-
-    Args:
-        runs: for each variant the rows of its seeds.
-        teacher: the teacher's measure, a fraction; None where there is none.
-        path: the picture.
-        task: says which measure.
-    """
-    figure = _figure(8, 5)
+def plot_study(study: Comparison, path: Path) -> None:
+    """Draw mean and standard deviation of the task's best measure over the seeds of each method, by epoch."""
+    task = study.task
+    few = len(study.lines) <= _LISTED
+    figure = _figure(8 if few else 11, 5)
     axes = figure.subplots()
-    if teacher is not None:
-        of_teacher = task.shown(teacher)
-        label = f"teacher {of_teacher:.1f} {task.unit}".strip()
-        axes.axhline(of_teacher, color="black", linestyle="--", label=label)
-    for name, seeds in runs.items():
-        epochs = _column(seeds[0], f"eval/{task.best}", by="epoch")[0]
-        values = task.shown(np.stack([_column(rows, f"eval/{task.best}")[1] for rows in seeds]))
-        mean, deviation = values.mean(0), values.std(0, ddof=1) if len(seeds) > 1 else 0
-        (line,) = axes.plot(epochs, mean, label=f"{name} {mean[-1]:.1f} {task.unit}".strip())
-        axes.fill_between(epochs, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.2)
+    for (name, measures), style in zip(study.teachers.items(), itertools.cycle(("--", "-.", ":"))):
+        if task.best in measures:
+            label = f"{name} {measures[task.best]:.1f} {task.unit}".strip()
+            axes.axhline(measures[task.best], color="black", linestyle=style, label=label)
+    for line, (style, colour) in zip(study.lines, itertools.product(_STYLES, range(10)), strict=False):
+        epochs = _column(line.runs[0], f"eval/{task.best}", by="epoch")[0]
+        values = task.shown(np.stack([_column(rows, f"eval/{task.best}")[1] for rows in line.runs]))
+        mean, deviation = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0
+        label = f"{line.method} {mean[-1]:.1f} {task.unit}".strip()
+        axes.plot(epochs, mean, label=label, color=f"C{colour}", linestyle=style)
+        axes.fill_between(epochs, mean - deviation, mean + deviation, color=f"C{colour}", alpha=0.2, lw=0)
     title = "Students, mean ± standard deviation over seeds"
     axes.set(xlabel="epoch", ylabel=_of_unit(f"validation {task.titles[task.best]}", task), title=title)
     axes.grid(alpha=0.3)
     _count(axes)
-    axes.legend(loc="lower right")
+    legend = axes.legend(loc="lower right") if few else figure.legend(loc="outside right upper")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     figure.savefig(path, dpi=120)
+
+
+def plot_comparison(study: Comparison, path: Path) -> None:
+    """Draw the last and the best measure of each method: its seeds, their mean and its 95 % interval.
+
+    Methods of one control have axes of their own, in which a line is the mean of the control's last epoch.
+    """
+    groups, task = study.groups, study.task
+    heights = [len(lines) for lines in groups.values()]
+    figure = _figure(9, 1.2 + 0.45 * sum(heights) + 0.6 * len(groups))
+    panels = figure.subplots(len(groups), height_ratios=[height + 0.5 for height in heights], squeeze=False)
+    for axes, (control, lines) in zip(panels[:, 0], groups.items(), strict=True):
+        for epoch, style in _EPOCHS.items():
+            _dots(axes, [line.cells[task.best, epoch].values for line in lines], f"{epoch} epoch", *style)
+        (of_control,) = (line for line in lines if line.method == control)
+        axes.axvline(of_control.cells[task.best, "last"].mean, color="black", linestyle=":", lw=1, zorder=0)
+        axes.set_yticks(range(len(lines)), [line.method for line in lines], parse_math=False)
+        axes.set_ylim(len(lines) - 0.5, -0.5)  # in the order of the table
+        axes.set_title(f"dotted: {control}, last epoch", fontsize=9, loc="right", parse_math=False)
+        axes.grid(alpha=0.3, axis="x")
+    panels[-1, 0].set_xlabel(_of_unit(f"validation {task.titles[task.best]}", task))
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False
+    )
+    spread = "mean and its 95 % interval" if len(study.seeds) > 1 else "which has no interval"
+    figure.suptitle(f"{count(len(study.seeds), 'seed')}, {spread}", x=0.01, ha="left", fontsize=11)
+    figure.savefig(path, dpi=120)
+
+
+def _dots(
+    axes: "Axes", methods: Sequence[Sequence[float]], label: str, marker: str, colour: str, shift: float
+) -> None:
+    """Draw the values of methods, one below the other, each with their mean and its interval."""
+    places = np.arange(len(methods)) + shift
+    for place, values in zip(places, methods, strict=True):
+        axes.scatter(values, np.full(len(values), place), s=18, color="white", edgecolors=colour, zorder=3)
+    means, lows, highs = np.array([interval(values) for values in methods]).T
+    ends = None if np.isnan(lows).any() else [means - lows, highs - means]
+    bars = axes.errorbar(means, places, xerr=ends, fmt=marker, color=colour, ms=7, lw=1, capsize=3, zorder=4)
+    bars.set_label(label)
 
 
 def plot_confusion(

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 from ml_collections import ConfigDict
@@ -21,6 +21,11 @@ from tat_jax.fields import Field, Fields, defaults, find, renew
 from tat_jax.losses import kd_weights
 
 CHECK = "check.png"  # a picture by --mode check, beside which a folder counts as empty
+_LOCK = "lock"
+
+
+class BusyError(ValueError):
+    """Another run is at work in the folder."""
 
 
 @contextmanager
@@ -29,7 +34,7 @@ def only_run(folder: Path) -> Iterator[Callable[[], None]]:
 
     Raises:
         OSError: it cannot be written, its disk is full, or it was moved or deleted.
-        ValueError: another run is at work in it.
+        BusyError: another run is at work in it.
     """
     try:
         with _lock(folder) if jax.process_index() == 0 else contextlib.nullcontext(lambda: True) as is_there:
@@ -69,14 +74,11 @@ def _concerns(path: Any, folder: Path) -> bool:
 def _lock(folder: Path) -> Iterator[Callable[[], bool]]:
     """Make and lock a folder, and yield whether its path still leads to it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    with (folder / _LOCK).open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another run is at work in {folder}; choose another --workdir") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # not every disk has locks
-                raise
+            raise BusyError(f"another run is at work in {folder}; choose another --workdir") from None
         locked = os.open(folder, os.O_RDONLY)
 
         def is_there() -> bool:
@@ -91,6 +93,36 @@ def _lock(folder: Path) -> Iterator[Callable[[], bool]]:
             if not is_there():
                 _remove_remade(folder)
             os.close(locked)
+
+
+def _take(file: IO[str], operation: int) -> None:
+    """Lock a file; the system lets go of it with the process, whatever ends that."""
+    try:
+        fcntl.flock(file, operation)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # not every disk has locks
+            raise
+
+
+def is_busy(folder: Path) -> bool:
+    """Return whether a run is at work in a folder, which need not exist."""
+    try:
+        with (folder / _LOCK).open("r+") as file:
+            _take(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Make a folder, and wait until no other process is within this, for what takes a moment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK).open("w") as file:
+        _take(file, fcntl.LOCK_EX)
+        yield
 
 
 def _remove_remade(folder: Path) -> None:
@@ -176,7 +208,8 @@ def read_config(folder: Place, fields: Fields) -> ConfigDict | None:
         said = json.loads(text)
         if of_study := said.pop("study", None):
             config.study = ConfigDict(of_study)  # which sorts what it holds
-            config.study.students = ConfigDict(of_study["students"], sort_keys=False)
+            for name in {"students", "teachers"} & of_study.keys():
+                config.study[name] = ConfigDict(of_study[name], sort_keys=False)
         said = said if "losses" in said else _with_losses(said)
         renew(fields, said)
         with config.ignore_type():  # None stands for values of any type

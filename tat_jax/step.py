@@ -1,5 +1,7 @@
 """The training step as the devices of a mesh run it."""
 
+from typing import Any
+
 import jax
 from flax import nnx
 from jax.sharding import Mesh
@@ -25,3 +27,25 @@ def jit_train_step(recipe: Recipe, mesh: Mesh) -> jax.stages.Wrapped:
         out_shardings=(whole, whole),
         compiler_options=CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None,
     )
+
+
+class TrainStep:
+    """The step of a recipe, compiled once, for the first batch that it is called with.
+
+    Attributes:
+        memory: bytes of its arguments and its temporaries on a device; None before the first batch.
+    """
+
+    def __init__(self, recipe: Recipe, mesh: Mesh):
+        self._jitted = jit_train_step(recipe, mesh)
+        self._program: Any = None
+        self.memory: int | None = None
+
+    def __call__(
+        self, state: TrainState, teacher: nnx.State | None, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
+        if self._program is None:
+            self._program = self._jitted.lower(state, teacher, batch).compile()
+            sizes = self._program.memory_analysis()
+            self.memory = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
+        return self._program(state, teacher, batch)

@@ -1,102 +1,79 @@
-"""A teacher, its students in several variants, each over several seeds, and the table that compares them."""
+"""A study: teachers, their students in several variants, each over several seeds, and what compares them."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from tat_jax import buckets, evaluate, experiment, pictures, run_folder, train
+from tat_jax import (
+    buckets,
+    comparison,
+    costs,
+    evaluate,
+    experiment,
+    paths,
+    pictures,
+    run_folder,
+    tables,
+    train,
+    variants,
+)
 from tat_jax.buckets import Bucket, Place
 from tat_jax.build import all_terms, read_teacher
-from tat_jax.fields import Field, Fields, Rule, renew, whole, wrong
-from tat_jax.metrics import is_evaluation, last_and_best, read_rows
+from tat_jax.comparison import Comparison, Method, Run
+from tat_jax.metrics import last_and_best, read_rows
+from tat_jax.run_folder import BusyError
 from tat_jax.tasks import task_of
-from tat_jax.tasks.task import Task
+from tat_jax.variants import named
 
-_TEACHER = "teacher"  # its folder, and its line of the table
+Students = Mapping[str, Sequence[ConfigDict]]
 
-
-def _are_seeds(value: Any) -> bool:
-    return (
-        isinstance(value, tuple | list)
-        and 0 < len(value) == len(set(value))
-        and all(map(whole(0).holds, value))
-    )
-
-
-def _are_students(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and len(value) > 0
-        and all(isinstance(changes, Mapping) for changes in value.values())
-        and not any("/" in name or name in (_TEACHER, ".", "..") for name in value)
-    )
-
-
-FIELDS: Fields = {
-    "seeds": Field(
-        (0,), Rule("one or more whole numbers from 0 on, each once", _are_seeds), "of each student"
-    ),
-    "teacher": Field(
-        {},
-        Rule("what differs from the rest of the config", lambda value: isinstance(value, Mapping)),
-        "trained first; a study without takes the config's teacher.weights",
-        optional=True,
-    ),
-    "students": Field(
-        {},
-        Rule(
-            f"by names without / other than {_TEACHER}, what differs from the rest of the config",
-            _are_students,
-        ),
-        "the variants",
-    ),
-}
+_LOOK = 2.0  # seconds from one look at what other processes train to the next
 
 
 def run(config: ConfigDict, folder: str | Place) -> str:
-    """Train the teacher and every student of `config.study` below `folder`, and return the table.
+    """Train the teachers and every student of `config.study` below `folder`, and return the table.
 
-    A student's measure is that after its last epoch, so that no run is chosen by the images that it is judged
-    by; the teacher's is that of the weights that teach, the best ones of its run. Runs that are finished are
-    not repeated; an interrupted one continues.
+    Several processes that are started with one folder share the work, a run each: what another one trains is
+    passed over, and waited for at the end. One that dies leaves its run to the others. Runs that are finished
+    are not repeated; an interrupted one continues.
+
+    In the text, a student's measure is that after its last epoch, so that no run is chosen by the images that
+    it is judged by; a teacher's is that of the weights that teach, the best ones of its run.
 
     Args:
-        config: with `FIELDS` in its `study`.
-        folder: holds `teacher/` and `<variant>/seed<n>/` afterwards, `config.json`, `table.txt` and
-            `curves.png`.
+        config: with `variants.FIELDS` in its `study`.
+        folder: holds `<teacher>/` and `<variant>/seed<n>/` afterwards, `config.json`, `table.txt`, `.md`,
+            `.csv` and `.json`, `comparison.png` and `curves.png`.
 
     Raises:
         ValueError: a run cannot be made; it is named. Nothing is written before all configs are known to be
             right.
     """
     folder = folder_of(folder)
-    check(config)
-    teacher, students = teacher_of(config), students_of(config, folder)
-    trainings = {folder / _TEACHER: teacher} if teacher else {}
-    trainings |= {
+    variants.check(config)
+    teachers = {folder / name: teacher for name, teacher in variants.teachers_of(config).items()}
+    students = variants.students_of(config, folder)
+    trainings = teachers | {
         _place(folder, name, student): student for name, of_seeds in students.items() for student in of_seeds
     }
     for place, training in trainings.items():
-        with _named(place.relative_to(folder)):
+        with named(place.relative_to(folder)):
             experiment.check(training)
             run_folder.changes(training, place, experiment.FIELDS)
+            if place not in teachers:
+                _check_teacher(training, list(teachers))
     _keep_config(config, folder)
-    task = task_of(config)
-    of_teacher = _measure_teacher(config, teacher, students, folder, task)
-    rows = {}
-    for name, of_seeds in students.items():
-        rows[name] = [_train(student, folder, _place(folder, name, student)) for student in of_seeds]
-    table = compare(task, of_teacher, rows)
+    _train(trainings, folder)
+    found = _compare(config, teachers, students, folder)
     if jax.process_index() == 0:
-        (folder / "table.txt").write_text(f"{table}\n")
-        best = None if of_teacher is None else of_teacher.get(f"eval/{task.best}")
-        pictures.plot_study(rows, best, folder / "curves.png", task)
-    return f"\n{table}\n"
+        with run_folder.in_turn(folder):
+            _write(found, folder)
+    return f"\n{tables.text(found)}\n"
 
 
 def folder_of(named: str | Place) -> Path:
@@ -119,157 +96,112 @@ def _keep_config(config: ConfigDict, folder: Path) -> None:
             f"{folder} holds a run, and a study goes into a folder of its own: choose another --workdir"
         )
     if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    run_folder.write_config(config, folder, 0, changed=False)
+        with run_folder.in_turn(folder):
+            run_folder.write_config(config, folder, 0, changed=False)
 
 
-def check(config: ConfigDict) -> None:
-    """Check the fields of a config's study.
-
-    Raises:
-        ValueError: some are missing, unknown or not allowed.
-    """
-    if lines := list(wrong(FIELDS, config.study.to_dict(), "study.")):
-        raise ValueError("in the config, " + "\n  ".join(lines))
-    for name, changes in config.study.students.items():
-        if "seed" in changes:
-            raise ValueError(f"study, {name}: its seed does nothing, study.seeds are those of every student")
-        of_teacher = changes.get("teacher")
-        if _TEACHER in config.study and isinstance(of_teacher, ConfigDict) and "weights" in of_teacher:
-            raise ValueError(
-                f"study, {name}: its teacher.weights do nothing, as study.teacher is trained and teaches "
-                "every student; leave that out of the study, and name the teacher of each"
-            )
+def _check_teacher(training: ConfigDict, teachers: Sequence[Path]) -> None:
+    """Raise a ValueError if a student's losses read a teacher, and it names none of several."""
+    if len(teachers) > 1 and Path(training.teacher.weights) not in teachers and _reads_teacher(training):
+        names = ", ".join(place.name for place in teachers)
+        raise ValueError(f"which of study.teachers teaches? Name one as its teacher.weights: {names}")
 
 
-def teacher_of(config: ConfigDict) -> ConfigDict | None:
-    """Return the config of a study's teacher; None where it trains none."""
-    if _TEACHER not in config.study:
-        return None
-    with _named(_TEACHER):
-        return _variant(config, config.study.teacher)
-
-
-def students_of(config: ConfigDict, folder: Path) -> dict[str, list[ConfigDict]]:
-    """Return the configs of each variant of a study's students, one for each seed."""
-    students: dict[str, list[ConfigDict]] = {}
-    for name, changes in config.study.students.items():
-        students[name] = []
-        for seed in config.study.seeds:
-            with _named(name):
-                student = _variant(config, changes)
-            student.seed = seed
-            if _TEACHER in config.study:
-                student.teacher.weights = str(folder / _TEACHER)
-            students[name].append(student)
-    return students
-
-
-def _variant(config: ConfigDict, changes: ConfigDict) -> ConfigDict:
-    """Return the config of a training, of which the study says what `changes`."""
-    changed = config.copy_and_resolve_references()
-    with changed.unlocked(), changed.ignore_type():  # `experiment.check` says what is wrong, and where
-        del changed.study
-        try:
-            changed.update(changes.to_dict())
-            renew(experiment.FIELDS, changed)
-        except AttributeError as error:  # of what is no mapping
-            raise ValueError(f"of {changes.to_dict()}, a value stands where a config has fields") from error
-    return changed
-
-
-@contextmanager
-def _named(training: str | Path) -> Iterator[None]:
-    """Add to an error of one of the trainings which one it is."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"study, {training}: {error}") from error
+def _reads_teacher(training: ConfigDict) -> bool:
+    return read_teacher(all_terms(training))
 
 
 def _place(folder: Path, name: str, student: ConfigDict) -> Path:
     return folder / name / f"seed{student.seed}"
 
 
-def _train(config: ConfigDict, folder: Path, place: Path) -> list[dict[str, Any]]:
-    """Train a student, and return the rows of its log."""
-    with _named(place.relative_to(folder)):
-        train.run(config, place)
-    return read_rows(place)
+def _train(trainings: Mapping[Path, ConfigDict], folder: Path) -> None:
+    """Train, or see trained by other processes, all of a study."""
+    waiting, said = dict(trainings), ""
+    while waiting:
+        before = len(waiting)
+        for place, training in trainings.items():
+            teacher = Path(training.teacher.weights)
+            is_ready = teacher not in waiting or not _reads_teacher(training)
+            if place in waiting and is_ready and _is_trained(training, place, folder):
+                del waiting[place]
+        if len(waiting) == before:
+            others = ", ".join(str(place.relative_to(folder)) for place in waiting)
+            if jax.process_index() == 0 and said != others:
+                print(f"{folder}: other processes are at work; left are {others}", flush=True)
+            said = others
+            time.sleep(_LOOK)
 
 
-def _measure_teacher(
-    config: ConfigDict,
-    teacher: ConfigDict | None,
-    students: Mapping[str, Sequence[ConfigDict]],
-    folder: Path,
-    task: Task,
-) -> Mapping[str, Any] | None:
-    """Return a row of the teacher, trained here or before, at its best; None where none is to be compared."""
-    if teacher:
-        with _named(_TEACHER):
-            return train.run(teacher, folder / _TEACHER)["best"]
-    if not any(read_teacher(all_terms(of_seeds[0])) for of_seeds in students.values()):
-        return None
+def _is_trained(training: ConfigDict, place: Path, folder: Path) -> bool:
+    """Train what no other process is at work at, and return whether it is done."""
+    if _is_busy(place):
+        return False
+    with named(place.relative_to(folder)):
+        try:
+            train.run(training, place)
+        except BusyError:  # since this moment
+            if jax.process_count() > 1:  # of which the first alone sees the lock
+                raise
+            return False
+    return True
+
+
+def _is_busy(place: Path) -> bool:
+    """Return the same in all processes of one training."""
+    busy = jax.process_index() == 0 and run_folder.is_busy(place)
+    return bool(multihost_utils.broadcast_one_to_all(busy)) if jax.process_count() > 1 else busy
+
+
+def _compare(
+    config: ConfigDict, teachers: Mapping[Path, ConfigDict], students: Students, folder: Path
+) -> Comparison:
+    """Return what the logs of a study's runs tell."""
+    task, controls = task_of(config), variants.controls(config, students)
+    published = config.study.get("published", {})
+    measure = f"eval/{task.best}"
+    if teachers:
+        rows = {place.name: last_and_best(read_rows(place), measure)["best"] for place in teachers}
+    else:
+        rows = _measure_given_teacher(config, students, folder)
+    methods = []
+    for name, of_seeds in students.items():
+        places = [_place(folder, name, student) for student in of_seeds]
+        runs = [
+            Run(read_rows(place), student.batch_size, costs.read(place))
+            for place, student in zip(places, of_seeds, strict=True)
+        ]
+        methods.append(Method(name, controls[name], runs, published.get(name)))
+    seeds = [student.seed for student in next(iter(students.values()))]
+    return comparison.compare(task, seeds, rows, methods)
+
+
+def _measure_given_teacher(
+    config: ConfigDict, students: Students, folder: Path
+) -> dict[str, Mapping[str, Any]]:
+    """Return a row of the teacher that the config names; none where there is none to be compared."""
+    if not any(_reads_teacher(of_seeds[0]) for of_seeds in students.values()):
+        return {}
+    training = variants.config_of_training(config)
     try:
-        measures = evaluate.run(config_of_training(config), folder, config.teacher.weights).measures
-        return {f"eval/{name}": value for name, value in measures.items()}
+        measures = evaluate.run(training, folder, config.teacher.weights).measures
     except (
         FileNotFoundError,
         ValueError,
     ):  # random, of other classes, without a head; a student's run says why
-        return None
+        return {}
+    return {variants.TEACHER: {f"eval/{name}": value for name, value in measures.items()}}
 
 
-def config_of_training(config: ConfigDict) -> ConfigDict:
-    """Return a study's config without what it says of its trainings."""
-    return _variant(config, ConfigDict())
-
-
-def compare(
-    task: Task,
-    teacher: Mapping[str, Any] | None,
-    students: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
-) -> str:
-    """Return a table with a line for the teacher and each variant.
-
-    Args:
-        task: has the columns.
-        teacher: the row of its evaluation; None where there is none to compare.
-        students: for each variant the rows of its seeds, which stand behind the line by the first column.
-    """
-    columns = task.columns or ((task.best, "last"),)
-    names = max(map(len, (_TEACHER, *students))) + 2
-    what = f"{task.unit} (mean ± standard deviation)".strip()
-    if len(columns) == 1:
-        heads, lines = [""], [f"{'':{names}}validation {task.titles[columns[0][0]]}, {what}"]
-    else:
-        heads = [f"{task.titles[measure]}, {which}" for measure, which in columns]
-        lines = [f"{'':{names}}validation, {what}"]
-    width = max(16, *map(len, heads)) + 2 if heads[1:] else 0
-    if heads[1:]:
-        cells = (f"{head:{width}}" for head in heads)
-        lines.append(f"{'':{names}}{''.join(cells)}({heads[0]} of each seed)")
-    if teacher is not None:
-        of_teacher = (teacher.get(f"eval/{measure}") for measure, _ in columns)
-        cells = (f"{'' if m is None else _mean(task.shown(np.array([m]))):{width}}" for m in of_teacher)
-        lines.append(f"{_TEACHER:{names}}{''.join(cells)}".rstrip())
-    for name, seeds in students.items():
-        ends = [
-            {"first": next(filter(is_evaluation, rows))} | last_and_best(rows, f"eval/{task.best}")
-            for rows in seeds
-        ]
-        of_columns = [
-            task.shown(np.array([end[which][f"eval/{measure}"] for end in ends]))
-            for measure, which in columns
-        ]
-        cells = (f"{_mean(values):{width}}" for values in of_columns)
-        of_seeds = ", ".join(f"{value:.2f}" for value in of_columns[0])
-        lines.append(f"{name:{names}}{''.join(cells)}{'' if heads[1:] else '   '}({of_seeds})")
-    return "\n".join(lines)
-
-
-def _mean(values: np.ndarray) -> str:
-    """Return the mean of numbers and, of several, the standard deviation."""
-    deviation = f" ± {np.std(values, ddof=1):4.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):6.2f}{deviation}"
+def _write(found: Comparison, folder: Path) -> None:
+    """Write the tables and the pictures of a study."""
+    written = {
+        "txt": tables.text(found),
+        "md": tables.markdown(found),
+        "csv": tables.as_csv(found).rstrip("\n"),
+        "json": tables.as_json(found),
+    }
+    for ending, table in written.items():
+        paths.write(folder / f"table.{ending}", f"{table}\n".encode())
+    pictures.plot_study(found, folder / "curves.png")
+    pictures.plot_comparison(found, folder / "comparison.png")

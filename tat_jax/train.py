@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tat_jax import experiment, mirror, pictures, provenance, run_folder, sharding
+from tat_jax import costs, experiment, mirror, pictures, provenance, run_folder, sharding
 from tat_jax.batch import Batch
 from tat_jax.buckets import Place, place
 from tat_jax.build import Built, build
@@ -25,7 +25,7 @@ from tat_jax.metrics import MetricWriter, Row, StepLog, is_evaluation, last_and_
 from tat_jax.networks import OwnNetwork
 from tat_jax.position import Position
 from tat_jax.signals import Interrupted, StopSignals
-from tat_jax.step import jit_train_step
+from tat_jax.step import TrainStep
 from tat_jax.summary import summarize
 from tat_jax.usage import as_json, usage_of
 
@@ -104,7 +104,7 @@ class _Training:
         self._data, self._eval_data = data, eval_data
         self._show = jax.process_index() == 0
         self._evaluator = open_evaluator(config, eval_data, mesh, built)
-        self._step_fn = jit_train_step(built.recipe, mesh)
+        self._step_fn = TrainStep(built.recipe, mesh)
         self._agreement = sharding.Agreement(mesh)
         source = data.source
         made_of = class_names(source), built.teacher_digest, len(eval_data.source)
@@ -129,6 +129,7 @@ class _Training:
                 run_folder.write_config(config, folder, self._position.step, changed=bool(of_config))
             if self._show:
                 (folder / "usage.json").write_bytes(as_json(self._usage))
+                costs.note(folder, loss_parameters=costs.loss_parameters(self._built.state))
                 print(self._summary(restored, of_config + of_parts), flush=True)
                 pictures.draw_images(self._data, self._eval_data, folder / "images.png")
             of_networks = self._built.recipe, self._built.teacher
@@ -278,6 +279,7 @@ class _Training:
         """Draw the run, keep of it what is asked for, and return its last and its best evaluation."""
         rows, task = read_rows(self._folder), self._built.recipe.task
         if self._show:
+            costs.note(self._folder, step_memory=self._step_fn.memory)
             terms = [term.name for term in self._built.terms]
             pictures.plot_run(rows, self._folder / "curves.png", terms, task)
         if self._config.keep == "networks":

@@ -1,10 +1,11 @@
 """`--config.FIELD=VALUE`: the field's rule says what is taken; all else is answered with a line."""
 
 import re
+from pathlib import Path
 
 import pytest
 
-from tat_jax import experiment, losses, overrides
+from tat_jax import experiment, losses, overrides, variants
 from tat_jax.configs import base, digits, r18_r34
 from tat_jax.schedules import linear
 
@@ -186,3 +187,30 @@ def test_a_schedule_of_a_file_gives_way_to_a_number_and_a_field_of_a_study_is_re
     assert (config.losses.kd.weight, config.study.seeds, config.study.teacher.epochs) == (0.25, (4, 5), 9)
     with pytest.raises(ValueError, match=r"study.teacher.epochs=ten: allowed is a value like 9"):
         said(config, "--config.study.teacher.epochs=ten")
+
+
+def test_a_study_may_be_made_on_the_command_line_of_any_config():
+    config = r18_r34.get_config("smoke").lock()
+    said = [
+        "--config.study.seeds=0,1,2",
+        "--config.study.teachers.wide.student.width=16",
+        "--config.study.students.tat.losses.tat.layer4.weight=0.2",
+        "--config.study.students.kd and tat.losses.kd.weight=1",
+        "--config.study.students.kd and tat.data.flip",
+        "--config.study.control=tat",
+        "--config.study.published.tat.value=70.5",
+    ]
+    arguments, found = overrides.split(said, variants.OVERRIDES)
+    overrides.apply(config, found, variants.OVERRIDES)
+    assert arguments == []
+    assert list(config.study.students) == ["tat", "kd and tat"]
+    students = variants.students_of(config, Path("runs"))
+    (student, _, _), (both, _, last) = students.values()
+    assert (student.losses.tat.layer4.weight, both.losses.kd.weight, last.seed) == (0.2, 1.0, 2)
+    assert both.teacher.weights == "runs/wide"
+    with pytest.raises(ValueError, match=r"study.students.tat.losses.tat.layer4.weight=much: allowed is a"):
+        overrides.apply(config, [(found[2].name, "much")], variants.OVERRIDES)
+    with pytest.raises(
+        ValueError, match=r"study.students.tat.epoch is no field; did you mean study.students.tat.epochs"
+    ):
+        overrides.apply(config, [("study.students.tat.epoch", "3")], variants.OVERRIDES)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from tat_jax import run_folder
 from tat_jax.configs import base, r18_r34, r18_r34_kd
 from tat_jax.experiment import FIELDS
-from tat_jax.run_folder import only_run
+from tat_jax.run_folder import BusyError, only_run
 from tat_jax.schedules import linear
 
 
@@ -171,12 +172,36 @@ class TestOnlyRun:
     def test_a_second_run_is_refused_until_the_first_has_ended(self, tmp_path):
         with (
             only_run(tmp_path / "run"),
-            pytest.raises(ValueError, match=r"another run is at work in .*run; choose another --workdir"),
+            pytest.raises(BusyError, match=r"another run is at work in .*run; choose another --workdir"),
             only_run(tmp_path / "run"),
         ):
             pass
         with only_run(tmp_path / "run") as check_is_there:
             check_is_there()
+
+    def test_whether_one_is_at_work_is_asked_without_keeping_others_out(self, tmp_path):
+        assert not run_folder.is_busy(tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+        with only_run(tmp_path / "run"):
+            assert run_folder.is_busy(tmp_path / "run")
+        assert not run_folder.is_busy(tmp_path / "run")
+        with only_run(tmp_path / "run"):
+            pass
+
+    def test_what_takes_a_moment_is_done_in_turn(self, tmp_path):
+        order = []
+
+        def second():
+            with run_folder.in_turn(tmp_path / "study"):
+                order.append("second")
+
+        thread = threading.Thread(target=second)
+        with run_folder.in_turn(tmp_path / "study"):
+            thread.start()
+            thread.join(0.2)
+            order.append("first")
+        thread.join()
+        assert order == ["first", "second"]
 
     def test_a_folder_that_was_moved_is_told_of_and_what_was_made_anew_there_is_removed(self, tmp_path):
         def move(folder, check_is_there):

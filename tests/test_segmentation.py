@@ -12,7 +12,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tat_jax import evaluate, networks, sharding, study, summary, train
+from tat_jax import comparison, evaluate, networks, sharding, summary, tables, train
 from tat_jax.batch import Batch
 from tat_jax.configs import base
 from tat_jax.data.digit_masks import DigitMasks
@@ -372,7 +372,10 @@ def test_the_study_s_table_has_both_measures_last_and_best():
         return {"step": step, "eval/miou": miou, "eval/miou_squashed": squashed}
 
     seeds = [[row(1, 0.5, 0.41), row(2, 0.4, 0.43)], [row(1, 0.1, 0.2), row(2, 0.2, 0.3)]]
-    table = study.compare(Segmentation(), row(2, 0.6, 0.61), {"alone": seeds}).splitlines()
+    runs = [comparison.Run(rows, 16, {}) for rows in seeds]
+    methods = [comparison.Method("alone", "alone", runs)]
+    found = comparison.compare(Segmentation(), (0, 1), {"teacher": row(2, 0.6, 0.61)}, methods)
+    table = tables.text(found).splitlines()
     assert [" ".join(line.split()) for line in table] == [
         "validation, % (mean ± standard deviation)",
         "mIoU, last mIoU, best mIoU squashed, last mIoU squashed, best (mIoU, last of each seed)",

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from tat_jax import evaluate, sharding, train
+from tat_jax import costs, evaluate, sharding, step, train
 from tat_jax.build import build
 from tat_jax.configs import (
     base,
@@ -154,23 +154,25 @@ class Watched:
     """The step of training, with what happens between its calls written down."""
 
     def __init__(self, monkeypatch):
-        self.events, self.compiled, self._jit = [], [], train.jit_train_step
+        self.events, self._step = [], train.TrainStep
         self._get, self._of_step = jax.device_get, {}
-        monkeypatch.setattr(train, "jit_train_step", self._watch)
+        monkeypatch.setattr(train, "TrainStep", self._watch)
         monkeypatch.setattr(jax, "device_get", self._watch_reading)
 
     def _watch(self, *arguments):
-        step = self._jit(*arguments)
-        self.compiled.append(step)
+        watched, of_step = self, self._step(*arguments)
 
-        def call(state, *arguments):
-            number = int(np.asarray(state.step))
-            state, metrics = step(state, *arguments)
-            self.events.append(("step", number))
-            self._of_step[id(metrics["loss"])] = number, metrics
-            return state, metrics
+        class Step:
+            memory = None
 
-        return call
+            def __call__(self, state, *arguments):
+                number = int(np.asarray(state.step))
+                state, metrics = of_step(state, *arguments)
+                watched.events.append(("step", number))
+                watched._of_step[id(metrics["loss"])] = number, metrics
+                return state, metrics
+
+        return Step()
 
     def _watch_reading(self, tree):
         if isinstance(tree, dict) and id(tree.get("loss")) in self._of_step:
@@ -179,13 +181,29 @@ class Watched:
 
 
 def test_a_whole_run_short_batches_and_continuing_included_compiles_one_step(tmp_path, monkeypatch):
-    watched = Watched(monkeypatch)
+    jit, steps = step.jit_train_step, []
+
+    class Counted:
+        def __init__(self, *arguments):
+            self._jitted, self.lowered = jit(*arguments), 0
+            steps.append(self)
+
+        def lower(self, *arguments):
+            self.lowered += 1
+            return self._jitted.lower(*arguments)
+
+    monkeypatch.setattr(step, "jit_train_step", Counted)
     config = config_of(epochs=1)
     assert 40 % config.batch_size  # the last batch is short
-    # Of a step with random keys JAX counts a second entry for the one program that it compiles.
-    run(config, tmp_path, Tiny)
-    run(config_of(epochs=3), tmp_path, Tiny)
-    assert [step._cache_size() for step in watched.compiled] == [1, 1]
+    run(config, tmp_path)
+    run(config_of(epochs=3), tmp_path)
+    assert [of_run.lowered for of_run in steps] == [1, 1]
+
+
+def test_a_run_tells_what_its_losses_train_and_what_its_step_takes(uninterrupted):
+    told = costs.read(uninterrupted)
+    assert told["loss_parameters"] == 2 * (9 * 8 * 16 + 2 * 16)  # the embeddings of query and value
+    assert 2**16 < told["step_memory"] < 2**30
 
 
 def test_nothing_at_all_is_compiled_after_the_first_checkpoint(tmp_path, monkeypatch):

@@ -1,0 +1,30 @@
+"""What a run costs, beside its folder's log: the parameters of its losses, and the memory of a step."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tat_jax import paths
+from tat_jax.distill import TrainState
+
+_NAME = "costs.json"
+
+
+def loss_parameters(state: TrainState) -> int:
+    """Return how many parameters are trained that are not the student's."""
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params.get("losses", {})))
+
+
+def note(folder: Path, **known: int | None) -> None:
+    """Write what is known of the costs of the run in `folder`, and keep what was known before."""
+    told = {name: value for name, value in known.items() if value is not None}
+    paths.write(folder / _NAME, f"{json.dumps({**read(folder), **told}, indent=2)}\n".encode())
+
+
+def read(folder: Path) -> Mapping[str, Any]:
+    """Return the `loss_parameters` of a run and the `step_memory` in bytes of a device, as far as known."""
+    path = folder / _NAME
+    return json.loads(path.read_text()) if path.exists() else {}
