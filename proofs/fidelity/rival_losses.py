@@ -205,7 +205,8 @@ def _module(
     """
     weights = {paths[name]: to_ours(paths[name], array) for name, array in entries.items()}
     store.set_weights(loss, weights, source="the recorded module")
-    graph, params, rest = nnx.split(loss, nnx.Param, nnx.Not(nnx.Param))
+    graph, state = nnx.split(loss)
+    params, rest = (nnx.filter_state(state, which) for which in (nnx.Param, nnx.Not(nnx.Param)))
     count = len(next(iter(student.values())))
     batch = Batch(np.zeros((count, 1, 1, 3), np.uint8), None, np.ones(count, bool))
 

@@ -96,7 +96,8 @@ def _of_figures(recorded: Mapping[str, Any], shapes: Mapping[str, Any]) -> Itera
         found = [norm_and_sum(tap) for tap in taps_of(seen, preact=preact)]
         there = [tap["norm_sum"] if isinstance(tap, Mapping) else tap for tap in told[kind]]
         yield claim(kind, largest_relative_error(np.ravel(found), np.ravel(there)))
-    graph, params, rest = nnx.split(view, nnx.Param, nnx.Not(nnx.Param))
+    graph, state = nnx.split(view)
+    params, rest = (nnx.filter_state(state, which) for which in (nnx.Param, nnx.Not(nnx.Param)))
 
     def loss(params: nnx.State) -> tuple[jax.Array, tuple[Outputs, nnx.State]]:
         model = nnx.merge(graph, params, rest, copy=True)
