@@ -93,10 +93,10 @@ def _training(config: ConfigDict, steps: int) -> float:
 
         return call
 
-    train_step = train.jit_train_step
+    train_step = train.TrainStep
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(train, "jit_train_step", timed),
+        mock.patch.object(train, "TrainStep", timed),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):

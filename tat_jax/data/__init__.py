@@ -28,7 +28,14 @@ def eval_resize(data: ConfigDict | Mapping[str, Any]) -> int:
     return round(data["image_size"] * 256 / 224) if said is None else said
 
 
-_WITH_CLASSES = ("imagefolder", "webdataset", "tfds", "digits")  # whose labels are numbers
+_WITH_CLASSES = (
+    "imagefolder",
+    "webdataset",
+    "tfds",
+    "digits",
+    "cifar10",
+    "cifar100",
+)  # whose labels are numbers
 _CROPPED = ("source", one_of(*_WITH_CLASSES, "images"))  # whose crops show a part of the image
 _MAPPED = ("source", one_of("voc", "cocostuff", "label_folder", "digit_masks"))  # whose labels are maps
 # Whose images are files.
@@ -102,6 +109,13 @@ FIELDS = {
         (3 / 4, 4 / 3),
         _RANGE,
         "range of its width / height",
+        may_change=True,
+        only_with=_CROPPED,
+    ),
+    "crop_padding": Field(
+        int,
+        or_none(whole(1)),
+        "zeros around training images, of which crops as large as these are cut; None: crops of any size",
         may_change=True,
         only_with=_CROPPED,
     ),

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from tat_jax.data import eval_resize
 from tat_jax.data.source import Label
-from tat_jax.data.transforms import eval_transform, train_transform
+from tat_jax.data.transforms import eval_transform, padded_crop, train_transform
 
 
 def crop(
@@ -25,6 +25,8 @@ def crop(
     """
     if rng is None:
         return eval_transform(image, resize=eval_resize(data), size=data.image_size), label
+    if data.crop_padding is not None:
+        return padded_crop(image, rng, size=data.image_size, padding=data.crop_padding, flip=data.flip), label
     return train_transform(
         image, rng, size=data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip
     ), label

@@ -3,6 +3,7 @@
 import numpy as np
 from ml_collections import ConfigDict
 
+from tat_jax.data.cifar import Cifar10, Cifar100
 from tat_jax.data.coco_stuff import CocoStuff
 from tat_jax.data.digit_masks import DigitMasks
 from tat_jax.data.image_folder import ImageFolder
@@ -63,6 +64,8 @@ SOURCES: dict[str, type[NamedSource]] = {
     "images": Images,
     "webdataset": WebDataset,
     "tfds": Tfds,
+    "cifar10": Cifar10,
+    "cifar100": Cifar100,
     "digits": Digits,
     "voc": Voc,
     "cocostuff": CocoStuff,

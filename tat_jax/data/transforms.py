@@ -133,6 +133,46 @@ def _turn_upright(rgb: np.ndarray, opened: Image.Image) -> np.ndarray:
     return turn(rgb) if turn else rgb
 
 
+def padded_crop(
+    image: UInt8[np.ndarray, "height width 3"],
+    rng: np.random.Generator,
+    *,
+    size: int,
+    padding: int,
+    flip: bool,
+) -> UInt8[np.ndarray, "size size 3"]:
+    """Return a crop of an image with zeros around it, and mirror half of them.
+
+    As torchvision's `RandomCrop(size, padding)` and `RandomHorizontalFlip`, the usual ones on CIFAR: zeros in
+    uint8, so that what is normalised is not 0 there.
+
+    Args:
+        image: as large as the crop.
+        rng: is advanced.
+        size: of the image and of the crop.
+        padding: on every side.
+        flip: whether to mirror.
+
+    Raises:
+        ValueError: the image is of another size.
+    """
+    if image.shape[:2] != (size, size):
+        height, width = image.shape[:2]
+        raise ValueError(
+            f"the image is {height}×{width}, and data.crop_padding cuts crops of data.image_size={size} from "
+            "images of that size"
+        )
+    drawn = int(rng.integers(2 * (2 * padding + 1) ** 2))
+    drawn, left = divmod(drawn, 2 * padding + 1)
+    mirrored, top = divmod(drawn, 2 * padding + 1)
+    crop = np.zeros_like(image)
+    down, right = top - padding, left - padding  # of the crop's corner from the image's
+    crop[max(-down, 0) : size - max(down, 0), max(-right, 0) : size - max(right, 0)] = image[
+        max(down, 0) : size + min(down, 0), max(right, 0) : size + min(right, 0)
+    ]
+    return crop[:, ::-1] if flip and mirrored else crop
+
+
 def random_resized_crop_box(
     height: int,
     width: int,
