@@ -8,15 +8,12 @@ from ml_collections import ConfigDict
 from tat_jax import fields, losses
 from tat_jax.experiment import FIELDS
 from tat_jax.losses import LOSSES
+from tat_jax.networks import find
 from tat_jax.schedules import is_zero
 
 TAPS = ("layer1", "layer2", "layer3", "layer4")
-# What makes a network of a family small.
-_SMALL = {
-    "resnet": {"width": 8},
-    "vit": {"depth": 2, "embed_dim": 128},
-    "convnext": {"stage_depth": 1, "stem_width": 8},
-}
+# What makes networks small that have such options.
+_SMALL = ({"width": 8}, {"depth": 2, "embed_dim": 128}, {"stage_depth": 1, "stem_width": 8})
 DECODER = "decoder"  # the tap of DeepLabV3+ that is distilled
 
 
@@ -57,6 +54,17 @@ def loss(name: str, **options: Any) -> ConfigDict:
     return ConfigDict(said | options)
 
 
+def update_losses(config: ConfigDict, changes: Mapping[str, Any]) -> None:
+    """Set losses of a config, or pairs of taps that they compare; what is not said is as published."""
+    for name, said in changes.items():
+        if LOSSES[name].compares_taps:
+            entries = ConfigDict({tap: loss(name, **options) for tap, options in said.items()})
+        else:
+            entries = loss(name, **said)
+        with config.unlocked():
+            config.losses.update({name: entries})
+
+
 def study(
     seeds: Sequence[int],
     students: Mapping[str, Any],
@@ -94,8 +102,8 @@ def finish(config: ConfigDict, argument: str) -> ConfigDict:
         config.eval_every = 1
         for which in (config.student, config.teacher):
             which.weights = "random"
-            for family, small in _SMALL.items():
-                if family in which.architecture:
+            for small in _SMALL:
+                if small.keys() <= find(which.architecture).options.keys():
                     which.update(small)
         if config.task == "segmentation":
             _make_small_segmentation(config)

@@ -1,10 +1,10 @@
 """The training step: ours beside PyTorch's, eager and compiled.
 
 `python -m proofs.bench.step [PART …] [--json FILE]`, of `classification`, ResNet-34 → 18 with TaT at 224²,
-and `segmentation`, see `bench.segmentation`; else both. On a CPU batch 16 in float32; on a GPU batch 256 in
-bfloat16, which is AMP in PyTorch, twenty steps at a time, and ours is compared with the roofline, too: the
-images/s at which the step's operations, or the bytes that the compiled program moves, would take all of what
-the maker promises. PyTorch works channels-last, and its cuDNN looks for the fastest algorithms, as XLA does.
+`segmentation` and `cifar`, see the modules of these names; else all. On a CPU batch 16 in float32; on a GPU
+batch 256 in bfloat16, which is AMP in PyTorch, twenty steps at a time, and ours is compared with the roofline,
+too: the images/s at which the step's operations, or the bytes that the compiled program moves, would take all
+of what the maker promises. PyTorch works channels-last, and its cuDNN looks for the fastest algorithms, as XLA does.
 """
 
 from argparse import ArgumentParser
@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from torch.utils.flop_counter import FlopCounterMode
 
 from proofs import torch_step
-from proofs.bench import segmentation
+from proofs.bench import cifar, segmentation
 from proofs.bench.full_size import full_size
 from proofs.bench.sidebyside import Row, compare_times, main
 from proofs.compiled_step import compile_step
@@ -131,6 +131,7 @@ def pytorch_step(
 PARTS: Mapping[str, Callable[[], list[Row]]] = {
     "classification": classification,
     "segmentation": segmentation.measure,
+    "cifar": cifar.measure,
 }
 
 

@@ -89,7 +89,7 @@ def _of_figures(recorded: Mapping[str, Any], shapes: Mapping[str, Any]) -> Itera
     view = drawn_network(name, shapes, f"net/{name}")
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(view, nnx.Param)))
     yield claim("parameters", abs(parameters - recorded["parameters"]))
-    seen, told = view(images), recorded["eval"]
+    seen, told = nnx.jit(lambda view: view(images))(view), recorded["eval"]
     assert seen.logits is not None
     yield claim("logits", relative_error(np.ravel(seen.logits)[:8], told["logits_first8"]))
     for kind, preact in (("taps", False), ("preact_taps", True)):
@@ -105,7 +105,7 @@ def _of_figures(recorded: Mapping[str, Any], shapes: Mapping[str, Any]) -> Itera
         assert outputs.logits is not None
         return cross_entropy(outputs.logits, jnp.asarray(labels)), (outputs, nnx.state(model, nnx.BatchStat))
 
-    (ce, (seen, statistics)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    (ce, (seen, statistics)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     told = recorded["train"]
     yield claim("cross-entropy in training", relative_error(ce, told["ce"]))
     yield claim("logits in training", relative_error(np.ravel(seen.logits)[:8], told["logits_first8"]))
