@@ -1,7 +1,7 @@
 """CIFAR's residual networks and three methods in PyTorch, written from the formulas.
 
-An independent reference: nothing here comes from `tat_jax` or from published code. The methods are modules, called with a `Seen` of the
-student and of the teacher and the labels; what they hold is trained.
+An independent reference: nothing here comes from `tat_jax` or from published code. The methods are modules,
+called with a `Seen` of the student and of the teacher and the labels; what they hold is trained.
 """
 
 from typing import NamedTuple

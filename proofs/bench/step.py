@@ -2,9 +2,10 @@
 
 `python -m proofs.bench.step [PART …] [--json FILE]`, of `classification`, ResNet-34 → 18 with TaT at 224²,
 `segmentation` and `cifar`, see the modules of these names; else all. On a CPU batch 16 in float32; on a GPU
-batch 256 in bfloat16, which is AMP in PyTorch, twenty steps at a time, and ours is compared with the roofline,
-too: the images/s at which the step's operations, or the bytes that the compiled program moves, would take all
-of what the maker promises. PyTorch works channels-last, and its cuDNN looks for the fastest algorithms, as XLA does.
+batch 256 in bfloat16, which is AMP in PyTorch, twenty steps at a time, and ours is compared with the
+roofline, too: the images/s at which the step's operations, or the bytes that the compiled program moves,
+would take all of what the maker promises. PyTorch works channels-last, and its cuDNN looks for the fastest
+algorithms, as XLA does.
 """
 
 from argparse import ArgumentParser
