@@ -26,7 +26,7 @@ proofs: $(VENV)/installed-$(ACCELERATOR)-test
 # Measure every claim of docs/fidelity.md anew. PHOTOS: a folder of JPEG files. WEIGHTS: a folder of resnet18*
 # and resnet34* (.pth or .safetensors). Without them: pieces of scikit-learn's two photographs, random weights.
 # PARTS: some of trajectories, segmentation,
-# segmentation_steps, pytorch, devices, ddp, collectives, pixels, weights, convnext, counts, vision_transformers.
+# segmentation_steps, pytorch, devices, ddp, collectives, pixels, weights, convnext, counts, vision_transformers, rivals.
 fidelity: $(VENV)/installed-$(ACCELERATOR)-test
 	$(BIN)/python -m proofs.fidelity $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(PARTS)
 

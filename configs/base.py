@@ -29,13 +29,12 @@ def base() -> ConfigDict:
     # Σ weight · loss; weight 0 costs nothing. A loss of taps has a term for each pair of them, by name: those
     # that are listed, and any that the command line names.
     config.losses = {
+        **{name: loss(name) for name, kind in LOSSES.items() if not kind.compares_taps},
         "cross_entropy": loss("cross_entropy", weight=1.0),
-        "kd": loss("kd"),
         "tat": {tap: loss("tat") for tap in (*TAPS, DECODER)},
         "fitnet": {tap: loss("fitnet") for tap in TAPS},
         "resized": {TAPS[-1]: loss("resized")},
         "self_similarity": {TAPS[-1]: loss("self_similarity")},
-        "pixel_cross_entropy": loss("pixel_cross_entropy"),
         "patch_anchor": {DECODER: loss("patch_anchor")},
     }
     return config

@@ -353,7 +353,7 @@ class TestDigits:
 class TestOpenSource:
     def test_an_unknown_source_is_answered_with_the_known(self):
         with pytest.raises(
-            ValueError, match="'coco'; there are imagefolder, images, webdataset, tfds, digits"
+            ValueError, match="'coco'; there are imagefolder, images, webdataset, tfds, cifar10"
         ):
             open_source(ConfigDict({"source": "coco"}), "train")
 

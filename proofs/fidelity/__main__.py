@@ -18,6 +18,7 @@ from proofs.fidelity import (
     ddp,
     devices,
     pixels,
+    rivals,
     segmentation,
     segmentation_steps,
     trajectories,
@@ -43,6 +44,7 @@ PARTS: Mapping[str, Part] = {
     "convnext": lambda _: convnext.claims() + convnext.parameters() + convnext.published(),
     "counts": lambda _: counts.claims(),
     "vision_transformers": lambda _: vision_transformers.claims(),
+    "rivals": lambda _: rivals.claims(),
 }
 
 

@@ -117,6 +117,7 @@ FIELDS = {
         or_none(whole(1)),
         "zeros around training images, of which crops as large as these are cut; None: crops of any size",
         may_change=True,
+        optional=True,
         only_with=_CROPPED,
     ),
     "flip": Field(True, YES_OR_NO, "mirror half of the training images", may_change=True),

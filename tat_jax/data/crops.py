@@ -25,8 +25,8 @@ def crop(
     """
     if rng is None:
         return eval_transform(image, resize=eval_resize(data), size=data.image_size), label
-    if data.crop_padding is not None:
-        return padded_crop(image, rng, size=data.image_size, padding=data.crop_padding, flip=data.flip), label
+    if padding := data.get("crop_padding"):  # which configs of before do not have
+        return padded_crop(image, rng, size=data.image_size, padding=padding, flip=data.flip), label
     return train_transform(
         image, rng, size=data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip
     ), label

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tat_jax.batch import Batch, Where
-from tat_jax.fields import NOT_NEGATIVE, POSITIVE, Field
+from tat_jax.fields import POSITIVE, Field
 from tat_jax.losses.logits import softened
 from tat_jax.losses.loss import Loss, logits_of
 from tat_jax.networks.view import Outputs
@@ -72,8 +72,8 @@ class DIST(Loss):
 
     name: ClassVar[str] = "dist"
     options: ClassVar[Mapping[str, Field]] = {
-        "beta": Field(1.0, NOT_NEGATIVE, "of the correlation within images", may_change=True, optional=True),
-        "gamma": Field(1.0, NOT_NEGATIVE, "of that between images", may_change=True, optional=True),
+        "beta": Field(1.0, POSITIVE, "of the correlation within images", may_change=True, optional=True),
+        "gamma": Field(1.0, POSITIVE, "of that between images", may_change=True, optional=True),
         "temperature": Field(4.0, POSITIVE, "by which logits are divided", may_change=True, optional=True),
     }
     needs_logits: ClassVar[bool] = True

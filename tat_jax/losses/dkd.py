@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tat_jax.batch import Batch, Where
-from tat_jax.fields import NOT_NEGATIVE, POSITIVE, Field
+from tat_jax.fields import POSITIVE, Field
 from tat_jax.losses.logits import STANDARDIZE, logit_standardization, softened, without_label
 from tat_jax.losses.loss import Loss, labels_of, logits_of
 from tat_jax.networks.view import Outputs
@@ -80,8 +80,8 @@ class DKD(Loss):
 
     name: ClassVar[str] = "dkd"
     options: ClassVar[Mapping[str, Field]] = {
-        "alpha": Field(1.0, NOT_NEGATIVE, "of the label's part", may_change=True, optional=True),
-        "beta": Field(8.0, NOT_NEGATIVE, "of the other classes' part", may_change=True, optional=True),
+        "alpha": Field(1.0, POSITIVE, "of the label's part", may_change=True, optional=True),
+        "beta": Field(8.0, POSITIVE, "of the other classes' part", may_change=True, optional=True),
         "temperature": Field(4.0, POSITIVE, "by which logits are divided", may_change=True, optional=True),
         "standardize": STANDARDIZE,
     }

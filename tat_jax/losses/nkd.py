@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tat_jax.batch import Batch, Where
-from tat_jax.fields import NOT_NEGATIVE, POSITIVE, Field
+from tat_jax.fields import POSITIVE, Field
 from tat_jax.losses.logits import softened, without_label
 from tat_jax.losses.loss import Loss, labels_of, logits_of
 from tat_jax.networks.view import Outputs
@@ -70,7 +70,7 @@ class NKD(Loss):
 
     name: ClassVar[str] = "nkd"
     options: ClassVar[Mapping[str, Field]] = {
-        "gamma": Field(3.5, NOT_NEGATIVE, "of the other classes' part", may_change=True, optional=True),
+        "gamma": Field(3.5, POSITIVE, "of the other classes' part", may_change=True, optional=True),
         "temperature": Field(3.0, POSITIVE, "by which logits are divided", may_change=True, optional=True),
     }
     needs_logits: ClassVar[bool] = True

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float
 
 from tat_jax.batch import Batch, Where
-from tat_jax.fields import NOT_NEGATIVE, Field
+from tat_jax.fields import POSITIVE, Field
 from tat_jax.losses.adapt import unit_vectors, vectors
 from tat_jax.losses.loss import Loss, tap_of
 from tat_jax.networks.layers import at_least_float32
@@ -71,8 +71,8 @@ class RKD(Loss):
     name: ClassVar[str] = "rkd"
     options: ClassVar[Mapping[str, Field]] = {
         **tap_of("pooled"),
-        "distance": Field(25.0, NOT_NEGATIVE, "weight of distances", may_change=True, optional=True),
-        "angle": Field(50.0, NOT_NEGATIVE, "weight of angles", may_change=True, optional=True),
+        "distance": Field(25.0, POSITIVE, "weight of distances", may_change=True, optional=True),
+        "angle": Field(50.0, POSITIVE, "weight of angles", may_change=True, optional=True),
     }
 
     def __init__(
