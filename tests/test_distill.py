@@ -350,6 +350,7 @@ def test_the_average_is_its_recurrence_over_parameters_and_running_statistics(x6
     own, averaged = (nnx.merge(*view)(batch_of(4).image).logits for view in (views[""], views["ema"]))
     assert not np.allclose(own, averaged, rtol=1e-3)
     model = nnx.merge(recipe.distillation, state.params, state.variables, copy=True)
+    assert len(average) == len(jax.tree.leaves(nnx.state(model.student)))  # statistics among them
     nnx.update(model, state.ema)
     np.testing.assert_array_equal(averaged, model.student(batch_of(4).image).logits)
 

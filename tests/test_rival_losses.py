@@ -127,6 +127,19 @@ def test_images_on_eight_devices_are_compared_with_those_of_all(name, x64):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14), split, alone)
 
 
+def test_kd_and_dkd_compare_standardised_logits_where_they_are_told_to(x64):
+    student, teacher = drawn((6, 5), 1), drawn((6, 5), 2)
+    batch = batch_of(6)._replace(label=LABELS)
+    ours, theirs = (losses.logit_standardization(x) for x in (student, teacher))
+    for name, expected in (
+        ("kd", losses.kd(ours, theirs, temperature=2.0)),
+        ("dkd", losses.dkd(ours, theirs, LABELS, temperature=2.0)),
+    ):
+        loss = LOSSES[name](temperature=2.0, standardize=True)
+        found = loss(Outputs(student, {}), Outputs(teacher, {}), batch, train=True)
+        np.testing.assert_allclose(found.mean(), expected, rtol=1e-12)
+
+
 def outputs(**taps):
     return Outputs(None, taps)
 

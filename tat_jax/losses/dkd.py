@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from tat_jax.batch import Batch, Where
 from tat_jax.fields import POSITIVE, Field
-from tat_jax.losses.logits import STANDARDIZE, logit_standardization, softened, without_label
-from tat_jax.losses.loss import Loss, labels_of, logits_of
+from tat_jax.losses.logits import STANDARDIZE, compared, softened, without_label
+from tat_jax.losses.loss import Loss, labels_of
 from tat_jax.networks.view import Outputs
 
 
@@ -103,7 +103,5 @@ class DKD(Loss):
         self, student: Outputs, teacher: Outputs, batch: Batch, *, train: bool
     ) -> Float[Array, " batch"]:
         """Return DKD of each image."""
-        ours, theirs = logits_of(student), logits_of(teacher)
-        if self.standardize:
-            ours, theirs = logit_standardization(ours), logit_standardization(theirs)
-        return _values(ours, theirs, labels_of(batch), self.alpha, self.beta, self.temperature)
+        logits = compared(student, teacher, standardize=self.standardize)
+        return _values(*logits, labels_of(batch), self.alpha, self.beta, self.temperature)

@@ -61,6 +61,12 @@ def logit_standardization(
     return jnp.where(varies, centred / (1e-7 + jnp.sqrt(jnp.where(varies, variance, 1))), 0)
 
 
+def compared(student: Outputs, teacher: Outputs, *, standardize: bool) -> tuple[Array, Array]:
+    """Return the logits of both networks, as they are or standardised."""
+    ours, theirs = logits_of(student), logits_of(teacher)
+    return (logit_standardization(ours), logit_standardization(theirs)) if standardize else (ours, theirs)
+
+
 def kd(
     student_logits: Float[Array | np.ndarray, "batch *pixels classes"],
     teacher_logits: Float[Array | np.ndarray, "batch *pixels classes"],
@@ -172,7 +178,5 @@ class KD(Loss):
         self, student: Outputs, teacher: Outputs, batch: Batch, *, train: bool
     ) -> Float[Array, " batch"]:
         """Return T²·KL(teacher ‖ student) of each image, the mean over its pixels where logits are maps."""
-        ours, theirs = logits_of(student), logits_of(teacher)
-        if self.standardize:
-            ours, theirs = logit_standardization(ours), logit_standardization(theirs)
-        return self.temperature**2 * kl_divergences(ours, theirs, temperature=self.temperature)
+        logits = compared(student, teacher, standardize=self.standardize)
+        return self.temperature**2 * kl_divergences(*logits, temperature=self.temperature)
