@@ -72,7 +72,7 @@ def hundred(tmp_path):
 
 def data_of(root, **fields):
     data = base.base().data
-    data.update({"source": "cifar100", "root": str(root), "image_size": SIDE, "eval_resize": SIDE, **fields})
+    data.update({"source": "cifar100", "root": str(root), "image_size": SIDE, "crop_padding": 4, **fields})
     return data
 
 
@@ -99,22 +99,54 @@ def test_cifar_10_has_five_files_to_train(tmp_path):
     for i in range(1, 6):
         (tmp_path / f"data_batch_{i}").write_bytes(files(i, "labels")[2])
     (tmp_path / "test_batch").write_bytes(files(9, "labels")[2])
-    names = pickled(num_vis=b"K\x05", label_names=texts(c.encode() for c in CLASSES))
+    names = pickled(
+        num_cases_per_batch=b"M\x10\x27",
+        label_names=texts(c.encode() for c in CLASSES),
+        num_vis=b"M\0\x0c",
+    )
     (tmp_path / "batches.meta").write_bytes(names)
     source = open_source(data_of(tmp_path, source="cifar10"), "train")
-    assert len(source) == 35
+    assert (len(source), source.classes) == (35, CLASSES)
     np.testing.assert_array_equal(source[8].image, files(2, "labels")[0][1])
 
 
-def test_folders_of_classes_are_held_in_memory(tmp_path):
-    image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
-    for split in ("train", "val"):
-        for name in CLASSES:
-            (tmp_path / split / name).mkdir(parents=True)
-            (tmp_path / split / name / "0.png").write_bytes(encode(image, "PNG"))
-    source = open_source(data_of(tmp_path), "val")
-    assert (len(source), source.classes) == (3, CLASSES)
-    np.testing.assert_array_equal(source[2].image, image)
+@pytest.fixture
+def folders(tmp_path):
+    """Return folders of classes with two images each, and the images to validate."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 6, SIDE, SIDE, 3), np.uint8)
+    for split, of_split in zip(("train", "val"), images, strict=True):
+        for i, image in enumerate(of_split):
+            path = tmp_path / split / CLASSES[i // 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode(image, "PNG"))
+    return tmp_path, images[1]
+
+
+def test_folders_of_classes_are_held_in_memory(folders):
+    root, images = folders
+    source = open_source(data_of(root), "val")
+    assert (len(source), source.classes) == (6, CLASSES)
+    np.testing.assert_array_equal([source[i].image for i in range(6)], images)
+    assert [source[i].label for i in range(6)] == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_batches_of_images_in_memory_are_those_of_their_files(folders, train):
+    found = []
+    for name in ("cifar100", "imagefolder"):
+        data = data_of(folders[0], source=name)
+        source = open_source(data, "val")
+        pipeline = Pipeline(source, Classification(), data, batch_size=4, train=train, seed=1, threads=0)
+        found.append([(batch.image, batch.label) for batch in pipeline.epoch(2)])
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_array_equal(ours[0], theirs[0])
+        np.testing.assert_array_equal(ours[1], theirs[1])
+
+
+def test_an_image_of_another_size_among_folders_is_named(folders):
+    (folders[0] / "train/cup/9.png").write_bytes(encode(np.zeros((40, SIDE, 3), np.uint8), "PNG"))
+    with pytest.raises(ValueError, match=r"train/cup/9\.png is 40×32, and CIFAR's are 32×32"):
+        open_source(data_of(folders[0]), "train")
 
 
 class Bomb:
@@ -122,36 +154,65 @@ class Bomb:
         return exec, ("raise SystemExit('executed')",)
 
 
+def labelled(labels: bytes, images=None) -> bytes:
+    return pickled(data=array(files()[0] if images is None else images), fine_labels=labels)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (pickle.dumps(Bomb()), "has 0 bytes of data and 0 fine_labels"),
-        (files()[2][:-2000], "is no pickle of CIFAR's, or is cut short"),
-        (b"not a pickle", "is no pickle of CIFAR's, or is cut short"),
-        (files(key="labels")[2], "has 21,504 bytes of data and 0 fine_labels, .* another data set"),
+        (pickle.dumps(Bomb()), "refused, and nothing of it run: no data set has need of 'builtins.exec'"),
         (
-            pickled(data=array(files()[0]), fine_labels=numbers([200] * 7)),
-            "has label 200, of 3 classes",
+            files()[2][:-2] + text(b"more") + pickle.dumps(Bomb(), protocol=2)[2:-1] + b"u.",
+            "refused, and nothing of it run: no data set has need of '__builtin__.exec'",
         ),
+        (files()[2][:-2000], "expected 21504 bytes in a string4, but only"),
+        (b"not a pickle", "at position 0, opcode b'n' unknown"),
+        (b"}q\0(u.", "has no fine_labels: it is another data set, or damaged"),
+        (b"\x80\x02u.", r"its pickle is damaged \(pop from empty list\)"),
+        (b"}q\0()K\x01u.", r"its pickle is damaged \(a tuple instead of a bytes\)"),
+        (b"K\x01.", "is no dictionary"),
+        (files(key="labels")[2], "has no fine_labels: it is another data set, or damaged"),
+        (labelled(numbers([200] * 7)), "has the label 200, and there are 3 classes"),
+        (labelled(b"](" + b"J\xff\xff\xff\xff" * 7 + b"e"), "has the label -1, and there are 3 classes"),
+        (labelled(numbers([1] * 6)), r"has 6 labels and data \[7, 3072\], and an image"),
+        (labelled(numbers([1] * 14), np.zeros((7, 2 * SIDE, SIDE, 3), np.uint8)), "its data are no array"),
+        (pickled(fine_labels=numbers([1] * 7)), "its data are no array of bytes with two axes"),
     ],
 )
 def test_a_file_that_is_another_or_damaged_is_named_and_never_executed(content, said, hundred, tmp_path):
     with tarfile.open(hundred[2]) as archive:
         archive.extractall(tmp_path, filter="data")
     (tmp_path / "cifar-100-python" / "train").write_bytes(content)
-    with pytest.raises(ValueError, match=f"train {said}"):
+    with pytest.raises(ValueError, match=f"^{tmp_path}: train:? .*{said}"):
         open_source(data_of(tmp_path), "train")
 
 
-def test_archives_that_are_cut_short_or_of_the_other_set_or_absent_are_named(hundred, tmp_path):
+@pytest.mark.parametrize("damage", [lambda raw: raw[:3000], lambda raw: raw[:-4], lambda raw: b"no archive"])
+def test_an_archive_that_is_cut_short_is_named(hundred, tmp_path, damage):
     short = tmp_path / "short.tar.gz"
-    short.write_bytes(hundred[2].read_bytes()[:3000])
-    with pytest.raises(ValueError, match=r"short\.tar\.gz is no \.tar\.gz, or cut short"):
+    short.write_bytes(damage(hundred[2].read_bytes()))
+    with pytest.raises(ValueError, match=r"short\.tar\.gz is no \.tar\.gz, cut short or damaged"):
         open_source(data_of(short), "train")
-    with pytest.raises(FileNotFoundError, match=r"has no cifar-10-batches-py/batches\.meta"):
+
+
+def test_no_flipped_byte_of_an_archive_passes_for_pixels(hundred):
+    raw = hundred[2].read_bytes()
+    for place in range(60, len(raw), len(raw) // 50):  # behind the name of the archive
+        hundred[2].write_bytes(raw[:place] + bytes([raw[place] ^ 0xFF]) + raw[place + 1 :])
+        with pytest.raises(ValueError, match=r"is no \.tar\.gz, cut short or damaged"):
+            open_source(data_of(hundred[2]), "train")
+
+
+def test_the_archive_of_the_other_set_and_one_that_is_not_there_are_named(hundred, tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"tar\.gz has no cifar-10-batches-py/batches\.meta; data\.root"
+    ):
         open_source(data_of(hundred[2], source="cifar10"), "train")
-    with pytest.raises(FileNotFoundError, match=r"no file or folder .*; data\.root is the archive"):
+    with pytest.raises(FileNotFoundError, match=r"absent is not there; data\.root is the \.tar\.gz"):
         open_source(data_of(tmp_path / "absent"), "train")
+    with pytest.raises(ValueError, match=r"^gs://there/cifar: CIFAR is read from disks alone"):
+        open_source(data_of("gs://there/cifar"), "train")
 
 
 def crops(image, count=4000, flip=True):
@@ -180,7 +241,7 @@ def test_an_image_of_another_size_has_no_padded_crop():
 
 def test_an_epoch_from_its_middle_on_is_the_rest_of_that_epoch_with_the_last_images_kept(hundred):
     images, _, path = hundred
-    data = data_of(path, crop_padding=4)
+    data = data_of(path)
     pipeline = Pipeline(
         open_source(data, "train"), Classification(), data, batch_size=2, train=True, seed=3, threads=1
     )

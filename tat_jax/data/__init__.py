@@ -23,19 +23,18 @@ from tat_jax.fields import (
 
 
 def eval_resize(data: ConfigDict | Mapping[str, Any]) -> int:
-    """Return the shorter side from which evaluation cuts the centre; unsaid it is torchvision's share."""
-    said = data["eval_resize"]
-    return round(data["image_size"] * 256 / 224) if said is None else said
+    """Return the shorter side from which evaluation cuts the centre.
+
+    Unsaid it is torchvision's share; the image itself where training has `crop_padding`.
+    """
+    if (said := data["eval_resize"]) is not None:
+        return said
+    as_they_are = data.get("crop_padding") is not None
+    return data["image_size"] if as_they_are else round(data["image_size"] * 256 / 224)
 
 
-_WITH_CLASSES = (
-    "imagefolder",
-    "webdataset",
-    "tfds",
-    "digits",
-    "cifar10",
-    "cifar100",
-)  # whose labels are numbers
+# Whose labels are numbers.
+_WITH_CLASSES = ("imagefolder", "webdataset", "tfds", "digits", "cifar10", "cifar100")
 _CROPPED = ("source", one_of(*_WITH_CLASSES, "images"))  # whose crops show a part of the image
 _MAPPED = ("source", one_of("voc", "cocostuff", "label_folder", "digit_masks"))  # whose labels are maps
 # Whose images are files.
@@ -51,7 +50,8 @@ FIELDS = {
     "root": Field(
         "data/imagenet",
         FOLDER,
-        "holds train/ and val/; for tfds its data_dir; for images any folder or list of them",
+        "holds train/ and val/; for tfds its data_dir; for images any folder or list of them; for cifar "
+        "the official .tar.gz, too",
         may_change=True,
     ),
     "held_out": Field(
@@ -90,7 +90,8 @@ FIELDS = {
     "eval_resize": Field(
         int,
         or_none(whole(1)),
-        "the shorter side from which evaluation cuts the centre; None: image_size · 256 / 224",
+        "the shorter side from which evaluation cuts the centre; None: image_size · 256 / 224, or "
+        "image_size with crop_padding",
         none_is=eval_resize,
         only_with=_CROPPED,
     ),
@@ -116,7 +117,7 @@ FIELDS = {
         int,
         or_none(whole(1)),
         "zeros around training images, of which crops as large as these are cut; None: crops of any size",
-        may_change=True,
+        may_change=lambda before, after: None not in (before, after),
         optional=True,
         only_with=_CROPPED,
     ),

@@ -1,29 +1,26 @@
-"""CIFAR-10 and CIFAR-100 in memory, from their official archives or from folders of classes.
+"""CIFAR-10 and CIFAR-100 in memory, from their official archives or from folders of classes."""
 
-The archives hold pickles. None is executed: their texts and numbers are read off one after the other, and
-which are which follows from the keys before them.
-"""
-
-import pickletools
+import gzip
 import tarfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 from ml_collections import ConfigDict
 
+from tat_jax.buckets import Bucket, place
 from tat_jax.data.image_folder import ImageFolder
-from tat_jax.data.source import Example, Source, printable
+from tat_jax.data.pickles import bytes_of, read_pickle
+from tat_jax.data.source import Example, Source, notes, printable
 from tat_jax.data.transforms import decode
 from tat_jax.paths import expand
 
 SIDE = 32
-_PIXELS = 3 * SIDE**2
-_MOST = 10_000_000  # operations of a pickle; CIFAR-100's has 0.2 million
-_TEXTS = ("STRING", "BYTES", "UNICODE")  # of which the names of pickle's operations for them end
+_MOST = 2**29  # bytes unpacked; the official archives have 186 million
 
 
 class Cifar:
@@ -34,18 +31,24 @@ class Cifar:
         labels: of each.
         classes: names by label.
         name: what errors call the images, before their number.
+        notes: what whoever trains on them should have read.
     """
 
     files: ClassVar[dict[str, tuple[str, ...]]]
     folder: ClassVar[str]  # in the archive
-    names: ClassVar[tuple[str, str]]  # the file of the classes' names, and their key
-    label_key: ClassVar[str]
+    names: ClassVar[tuple[str, bytes]]  # the file of the classes' names, and their key
+    label_key: ClassVar[bytes]
 
     def __init__(
-        self, images: UInt8[np.ndarray, "images 32 32 3"], labels: np.ndarray, classes: list[str], name: str
+        self,
+        images: UInt8[np.ndarray, "images 32 32 3"],
+        labels: Int32[np.ndarray, " images"],
+        classes: list[str],
+        name: str,
+        notes: Sequence[str] = (),
     ):
         self._images, self._labels, self._name = images, labels.tolist(), name
-        self.classes, self.num_classes = classes, len(classes)
+        self.classes, self.num_classes, self.notes = classes, len(classes), list(notes)
 
     @classmethod
     def open(cls, data: ConfigDict, split: str) -> Source:
@@ -55,20 +58,17 @@ class Cifar:
             FileNotFoundError: nothing of the kind is there.
             ValueError: it is another data set, or damaged.
         """
-        root = Path(expand(str(data.root)))
+        root = place(expand(str(data.root)))
+        if isinstance(root, Bucket):
+            raise ValueError(f"{root}: CIFAR is read from disks alone; copy it to one")
         if (root / "train").is_dir():
             return cls._of_folders(root, split)
-        read = _Archive(root, cls.folder)
-        classes = _texts(read(cls.names[0]), cls.names[1], read.said(cls.names[0]))
-        images, labels = [], []
-        for file in cls.files[split]:
-            found = _read(read(file), cls.label_key, read.said(file))
-            images.append(found[0])
-            labels.append(found[1])
-        all_labels = np.concatenate(labels)
-        if len(classes) <= int(all_labels.max()):
-            raise ValueError(f"{read.said(file)} has label {all_labels.max()}, of {len(classes)} classes")
-        return cls(np.concatenate(images), all_labels, classes, f"{printable(root.name)}, {split}")
+        (names, key), files = cls.names, cls.files[split]
+        found = _read_files(root, cls.folder, (names, *files))
+        classes = _classes(found[names], key, f"{root}: {names}")
+        parts = [_part(found[file], cls.label_key, len(classes), f"{root}: {file}") for file in files]
+        images, labels = map(np.concatenate, zip(*parts, strict=True))
+        return cls(images, labels, classes, f"{printable(str(root))}, {split}")
 
     @classmethod
     def _of_folders(cls, root: Path, split: str) -> Source:
@@ -76,12 +76,12 @@ class Cifar:
         images = np.empty((len(source), SIDE, SIDE, 3), np.uint8)
         labels = np.empty(len(source), np.int32)
         for i in range(len(source)):
-            example = source[i]
-            image = decode(example.image, example.name) if isinstance(example.image, bytes) else example.image
-            if image.shape != images.shape[1:]:
-                raise ValueError(f"{example.name} is {image.shape[0]}×{image.shape[1]}, not {SIDE}×{SIDE}")
-            images[i], labels[i] = image, np.asarray(example.label)
-        return cls(images, labels, source.classes, f"{printable(root.name)}/{split}")
+            image, label, name = source[i]
+            rgb = decode(image, name) if isinstance(image, bytes) else image
+            if rgb.shape != images.shape[1:]:
+                raise ValueError(f"{name} is {rgb.shape[0]}×{rgb.shape[1]}, and CIFAR's are {SIDE}×{SIDE}")
+            images[i], labels[i] = rgb, np.asarray(label)
+        return cls(images, labels, source.classes, printable(str(root / split)), notes(source))
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -91,123 +91,101 @@ class Cifar:
 
 
 class Cifar10(Cifar):
-    """CIFAR-10."""
+    """CIFAR-10 (Krizhevsky, 2009)."""
 
-    folder = "cifar-10-batches-py"
     files: ClassVar = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "val": ("test_batch",)}
-    names = ("batches.meta", "label_names")
-    label_key = "labels"
+    folder = "cifar-10-batches-py"
+    names = ("batches.meta", b"label_names")
+    label_key = b"labels"
 
 
 class Cifar100(Cifar):
-    """CIFAR-100, with its hundred fine classes."""
+    """CIFAR-100 (Krizhevsky, 2009), with its hundred fine classes."""
 
-    folder = "cifar-100-python"
     files: ClassVar = {"train": ("train",), "val": ("test",)}
-    names = ("meta", "fine_label_names")
-    label_key = "fine_labels"
+    folder = "cifar-100-python"
+    names = ("meta", b"fine_label_names")
+    label_key = b"fine_labels"
 
 
-class _Archive:
-    """The files of a `.tar.gz`, or of the folder that it unpacks to, which may lie in `root`."""
-
-    def __init__(self, root: Path, folder: str):
-        self._root, self._folder = root, folder
-        self._layout = (
-            f"data.root is the archive of {folder}, that folder, or one with train/<class>/ and val/<class>/"
-        )
-        if not root.exists():
-            raise FileNotFoundError(f"no file or folder {printable(str(root))}; {self._layout}")
-
-    def said(self, file: str) -> str:
-        """Return what errors call a file."""
-        return f"{printable(str(self._root))}, {file}"
-
-    def __call__(self, file: str) -> bytes:
-        """Return what is in a file.
-
-        Raises:
-            FileNotFoundError: there is none of this name.
-            ValueError: the archive is damaged.
-        """
-        if self._root.is_dir():
-            for place in (self._root / file, self._root / self._folder / file):
-                if place.is_file():
-                    return place.read_bytes()
-            raise FileNotFoundError(f"{printable(str(self._root))} has no {file}; {self._layout}")
-        try:
-            with tarfile.open(self._root) as archive:
-                member = archive.extractfile(f"{self._folder}/{file}")
-                if member is not None:
-                    return member.read()
-        except KeyError:
-            pass
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise ValueError(f"{printable(str(self._root))} is no .tar.gz, or cut short ({error})") from None
-        raise FileNotFoundError(f"{printable(str(self._root))} has no {self._folder}/{file}; {self._layout}")
-
-
-def _values(pickle: bytes, said: str) -> Iterator[bytes | int]:
-    """Yield the texts and the whole numbers of a pickle, in their order.
+def _read_files(root: Path, folder: str, files: Sequence[str]) -> dict[str, bytes]:
+    """Return files of a `.tar.gz`, or of the folder that it unpacks to, which may lie in `root`.
 
     Raises:
-        ValueError: it is no pickle, or cut short, or far too long.
+        FileNotFoundError: some are not there.
+        ValueError: the archive is damaged.
+    """
+    layout = f"data.root is the .tar.gz or the folder {folder}, or has train/<class>/ and val/<class>/"
+    if not root.exists():
+        raise FileNotFoundError(f"{root} is not there; {layout}")
+    if root.is_dir():
+        here = root / folder if (root / folder).is_dir() else root
+        found = {file: (here / file).read_bytes() for file in files if (here / file).is_file()}
+    else:
+        found = _unpacked(root, folder, files)
+    if missing := [file for file in files if file not in found]:
+        raise FileNotFoundError(f"{root} has no {folder}/{missing[0]}; {layout}")
+    return found
+
+
+def _unpacked(archive: Path, folder: str, files: Sequence[str]) -> dict[str, bytes]:
+    """Return those of the files that a `.tar.gz` has.
+
+    Raises:
+        ValueError: it is damaged.
     """
     try:
-        for count, (operation, value, _) in enumerate(pickletools.genops(BytesIO(pickle))):
-            if count > _MOST:
-                raise ValueError(f"more than {_MOST:,} operations")
-            if operation.name.endswith(_TEXTS):
-                yield value.encode("latin-1", "replace") if isinstance(value, str) else bytes(value or b"")
-            elif "INT" in operation.name and isinstance(value, int):
-                yield value
-    except Exception as error:
-        raise ValueError(f"{said} is no pickle of CIFAR's, or is cut short ({error})") from None
+        with gzip.open(archive) as opened:
+            # To its end, where the check sum is.
+            content = opened.read(_MOST + 1)
+        if len(content) > _MOST:
+            raise tarfile.TarError(f"more than {_MOST:,} bytes")
+        with tarfile.open(fileobj=BytesIO(content), mode="r:") as tar:
+            members = {member.name: tar.extractfile(member) for member in tar if member.isfile()}
+            return {file: member.read() for file in files if (member := members.get(f"{folder}/{file}"))}
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        raise ValueError(f"{archive} is no .tar.gz, cut short or damaged ({error}): fetch it anew") from None
 
 
-def _read(pickle: bytes, label_key: str, said: str) -> tuple[np.ndarray, np.ndarray]:
+def _part(
+    content: bytes, label_key: bytes, classes: int, said: str
+) -> tuple[UInt8[np.ndarray, "images 32 32 3"], Int32[np.ndarray, " images"]]:
     """Return the images and the labels of a file.
 
     Raises:
-        ValueError: they are not there, or not as many of one as of the other.
+        ValueError: they are not there, or not as many of one as of the other; or there is no such class.
     """
-    pixels, labels, key = b"", [], ""
-    keys = {"data", "labels", "fine_labels", "coarse_labels", "filenames", "batch_label"}
-    for value in _values(pickle, said):
-        if isinstance(value, bytes):
-            text = value.decode("latin-1") if len(value) < 32 else ""
-            if text in keys:
-                key = text
-            elif key == "data" and len(value) > len(pixels):
-                pixels = value
-        elif key == label_key:
-            labels.append(value)
-    if not labels or len(pixels) != _PIXELS * len(labels):
+    found = _dictionary(content, said)
+    labels = found.get(label_key)
+    if not isinstance(labels, list) or not all(type(label) is int for label in labels):
+        raise ValueError(f"{said} has no {label_key.decode()}: it is another data set, or damaged")
+    if strange := [label for label in labels if not 0 <= label < classes]:
+        raise ValueError(f"{said} has the label {strange[0]}, and there are {classes} classes")
+    try:
+        planes = bytes_of(found.get(b"data"))
+    except ValueError as error:
+        raise ValueError(f"{said}: its data are {error}") from None
+    if planes.shape != (len(labels), 3 * SIDE**2):
         raise ValueError(
-            f"{said} has {len(pixels):,} bytes of data and {len(labels):,} {label_key}, where an image has "
-            f"{_PIXELS:,} and one: it is another data set, or damaged"
+            f"{said} has {len(labels):,} labels and data {list(planes.shape)}, and an image of "
+            f"{SIDE}×{SIDE} has {3 * SIDE**2:,} bytes"
         )
-    planes = np.frombuffer(pixels, np.uint8).reshape(-1, 3, SIDE, SIDE)
-    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), np.array(labels, np.int32)
+    images = planes.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), np.array(labels, np.int32)
 
 
-def _texts(pickle: bytes, key: str, said: str) -> list[str]:
-    """Return the names that follow a key.
+def _classes(content: bytes, key: bytes, said: str) -> list[str]:
+    names = _dictionary(content, said).get(key)
+    if not isinstance(names, list) or not names or not all(type(name) is bytes for name in names):
+        raise ValueError(f"{said} has no {key.decode()}: it is another data set, or damaged")
+    return [name.decode("utf-8", "replace") for name in names]
 
-    Raises:
-        ValueError: there are none.
-    """
-    found: list[str] = []
-    follows = False
-    for value in _values(pickle, said):
-        if isinstance(value, bytes):
-            text = value.decode("latin-1")
-            if text.endswith("label_names"):
-                follows = text == key
-            elif follows:
-                found.append(text)
-        else:
-            follows = False
-    if not found:
-        raise ValueError(f"{said} has no {key}: it is another data set, or damaged")
+
+def _dictionary(content: bytes, said: str) -> dict[bytes, Any]:
+    try:
+        found = read_pickle(content)
+    except ValueError as error:
+        raise ValueError(f"{said}: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{said} is no dictionary: it is another data set, or damaged")
     return found

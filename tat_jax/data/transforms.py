@@ -261,6 +261,8 @@ def eval_transform(
     if resize < size:
         raise ValueError(f"a centre of {size} pixels cannot be cut from a shorter side of {resize}")
     height, width = image.shape[:2]
+    if height == width == resize == size:
+        return image.copy()  # as Pillow would
     short, long = min(height, width), max(height, width)
     resized_long = int(resize * long / short)
     new_height, new_width = (resized_long, resize) if width <= height else (resize, resized_long)
