@@ -1,4 +1,4 @@
-"""Photographs to batches of 224² crops: ours beside Pillow in a torch DataLoader and beside tf.data.
+"""Photographs, and CIFAR's images, to batches of crops: ours beside Pillow in a torch DataLoader and tf.data.
 
 `python -m proofs.bench.input [--photos FOLDER] [--pairs FOLDER] [--json FILE]`. Each contender is a process
 of its own, and may use so many cores and no more.
@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from proofs.bench import segments
+from proofs.bench import segments, small
 from proofs.bench.handover import Asleep, Photographs, draw
 from proofs.bench.sidebyside import Row, compare_times, main
 from proofs.photographs import Photograph, add_photos
@@ -52,6 +52,7 @@ def measure(photos: list[Photograph], pairs: Path | None) -> list[Row]:
             beside(f"{what}, beside torch", ours, torch_loader, bound=1.4),
             beside(f"{what}, beside tf.data", ours, tf_data, bound=1.2),
             beside("evaluation, one core, beside torch", ours, torch_loader, train=False, bound=1.0),
+            *measure_small(),
             *measure_segments(segments.write_pairs(photos, Path(folder, "pairs")), "VOC's sizes"),
             *(measure_segments(segments.pairs_of(pairs), pairs.name) if pairs else ()),
         ]
@@ -72,6 +73,16 @@ def measure(photos: list[Photograph], pairs: Path | None) -> list[Row]:
                 what = f"handed over, files {where}, {READERS} readers, two cores, processes beside threads"
                 rows.append(compare(files * HANDED_OVER, what, *ways, cores=(2, 2)))
         return rows
+
+
+def measure_small() -> list[Row]:
+    """Compare padded crops of CIFAR's images, which lie in memory, and evaluation, on one core."""
+    what = "CIFAR in memory, one core, beside torch"
+    contenders = small.ours, small.torch_loader
+    return [
+        compare(small.NUMBERS, f"padded crops of {what}", *contenders, bound=1.2),
+        compare(small.NUMBERS, f"evaluation of {what}", *contenders, train=False),
+    ]
 
 
 def measure_segments(files: Files, name: str) -> list[Row]:
