@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from tat_jax.batch import Where
+from tat_jax.losses.loss import check_pairs
 from tat_jax.networks.layers import BatchNorm, at_least_float32, conv, torch_uniform
 from tat_jax.networks.view import OutputShapes
 
@@ -56,6 +57,34 @@ def map_shapes(
             f"the teacher's {list(theirs)}"
         )
     return ours, theirs
+
+
+def paired_shapes(
+    student: OutputShapes, teacher: OutputShapes, options: Mapping[str, Any], *, vectors: bool = False
+) -> list[tuple[Shape, Shape]]:
+    """Return the shapes of an image of each pair of maps that `student_taps` and `teacher_taps` name.
+
+    Args:
+        student: shapes of its outputs.
+        teacher: likewise.
+        options: of a loss.
+        vectors: whether [channels] is as good as a map.
+
+    Raises:
+        ValueError: the taps are not as many, or one is no map.
+    """
+    check_pairs(options["student_taps"], options["teacher_taps"])
+    found = []
+    for which, outputs in (("student", student), ("teacher", teacher)):
+        shapes = {tap: tuple(outputs.taps[tap].shape[1:]) for tap in options[f"{which}_taps"]}
+        for tap, shape in shapes.items():
+            if len(shape) != 3 and not (vectors and len(shape) == 1):
+                raise ValueError(
+                    f"{which}_taps must be maps [height, width, channels]{' or vectors' if vectors else ''}, "
+                    f"and {tap} is {list(shape)}: name others"
+                )
+        found.append([shapes[tap] for tap in options[f"{which}_taps"]])
+    return list(zip(*found, strict=True))
 
 
 def grid_of(shape: Shape, name: str, *, way_out: str = "") -> tuple[int, int]:

@@ -6,7 +6,7 @@ Paying More Attention to Attention, Zagoruyko & Komodakis, ICLR 2017, as RepDist
 import functools
 import operator
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +15,9 @@ from jaxtyping import Array, Float
 
 from tat_jax.batch import Batch, Where
 from tat_jax.fields import Field
-from tat_jax.losses.adapt import pool, unit_vectors
+from tat_jax.losses.adapt import paired_shapes, pool, unit_vectors
 from tat_jax.losses.loss import Loss, check_pairs, taps_of
-from tat_jax.networks.view import Outputs
+from tat_jax.networks.view import Outputs, OutputShapes
 
 _STAGES = ("stage1", "stage2", "stage3")
 
@@ -58,6 +58,16 @@ class AttentionTransfer(Loss):
     def __init__(self, *, student_taps: tuple[str, ...] = _STAGES, teacher_taps: tuple[str, ...] = _STAGES):
         check_pairs(student_taps, teacher_taps)
         self.student_taps, self.teacher_taps = tuple(student_taps), tuple(teacher_taps)
+
+    @classmethod
+    def build(cls, student: OutputShapes, teacher: OutputShapes, **options: Any) -> Self:
+        """Build the loss for the pairs of taps.
+
+        Raises:
+            ValueError: the taps are not as many, or one is no map.
+        """
+        paired_shapes(student, teacher, options)
+        return cls(**{name: options[name] for name in cls.options})
 
     def __call__(
         self, student: Outputs, teacher: Outputs, batch: Batch, *, train: bool

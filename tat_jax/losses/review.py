@@ -17,7 +17,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from tat_jax.batch import Batch, Where
 from tat_jax.fields import Field, whole
-from tat_jax.losses.adapt import nearest, pool
+from tat_jax.losses.adapt import nearest, paired_shapes, pool
 from tat_jax.losses.loss import Loss, check_pairs, taps_of
 from tat_jax.networks.layers import BatchNorm, conv, torch_uniform
 from tat_jax.networks.view import Outputs, OutputShapes
@@ -155,11 +155,10 @@ class Review(Loss):
         """Build the levels for the channels of all pairs of taps.
 
         Raises:
-            ValueError: the taps are not as many.
+            ValueError: the taps are not as many, or one is neither a map nor a vector.
         """
-        check_pairs(options["student_taps"], options["teacher_taps"])
-        pairs = zip(options["student_taps"], options["teacher_taps"], strict=True)
-        return cls([Level(student.taps[o].shape[-1], teacher.taps[t].shape[-1]) for o, t in pairs], **options)
+        shapes = paired_shapes(student, teacher, options, vectors=True)
+        return cls([Level(ours[-1], theirs[-1]) for ours, theirs in shapes], **options)
 
     def __call__(
         self, student: Outputs, teacher: Outputs, batch: Batch, *, train: bool

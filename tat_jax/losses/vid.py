@@ -18,7 +18,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from tat_jax.batch import Batch
 from tat_jax.fields import Field
-from tat_jax.losses.adapt import map_shapes, pool
+from tat_jax.losses.adapt import paired_shapes, pool
 from tat_jax.losses.loss import Loss, check_pairs, taps_of
 from tat_jax.networks.layers import at_least_float32, conv, torch_uniform
 from tat_jax.networks.view import Outputs, OutputShapes
@@ -89,12 +89,7 @@ class VID(Loss):
         Raises:
             ValueError: a tap is no map, or the taps are not as many.
         """
-        check_pairs(options["student_taps"], options["teacher_taps"])
-        pairs = zip(options["student_taps"], options["teacher_taps"], strict=True)
-        shapes = [
-            map_shapes(student, teacher, {"student_tap": ours, "teacher_tap": theirs})
-            for ours, theirs in pairs
-        ]
+        shapes = paired_shapes(student, teacher, options)
         return cls([(ours[-1], theirs[-1]) for ours, theirs in shapes], **options)
 
     def __call__(
