@@ -168,7 +168,7 @@ def protocol(student: str, argument: str = "") -> ConfigDict:
     config.batch_size = 64
     config.eval_every = 10
     config.student.architecture = config.teacher.architecture = student
-    config.data.update({"source": "cifar100", "root": "data/cifar100", "crop_padding": 4})
+    config.data.update({"source": "cifar100", "root": "data/cifar100", "crop_padding": 4, "threads": 2})
     config.optimizer.update(
         {
             "name": "sgd",
