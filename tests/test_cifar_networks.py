@@ -75,7 +75,7 @@ def test_before_the_last_relu_a_stage_is_its_preact(name):
         assert (taps[f"stage{i}_preact"] < 0).any()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8"])  # the quick ones
 def test_images_that_do_not_count_change_neither_statistics_nor_those_that_do(name):
     images = jnp.asarray(np.random.default_rng(0).normal(size=(4, 32, 32, 3)), jnp.float32)
     padded, alone = view(name), view(name)
