@@ -55,13 +55,12 @@ def loss(name: str, **options: Any) -> ConfigDict:
 
 def update_losses(config: ConfigDict, changes: Mapping[str, Any]) -> None:
     """Set losses of a config, or pairs of taps that they compare; what is not said is as published."""
-    for name, said in changes.items():
-        if LOSSES[name].compares_taps:
-            entries = ConfigDict({tap: loss(name, **options) for tap, options in said.items()})
-        else:
-            entries = loss(name, **said)
-        with config.unlocked():
-            config.losses.update({name: entries})
+    with config.unlocked(), config.ignore_type():  # a weight may become a schedule
+        for name, said in changes.items():
+            if LOSSES[name].compares_taps:
+                config.losses[name].update({tap: loss(name, **options) for tap, options in said.items()})
+            else:
+                config.losses[name] = loss(name, **said)
 
 
 def study(

@@ -77,6 +77,21 @@ def test_every_config_passes(module, argument):
     experiment.check(module.get_config(argument))
 
 
+def test_every_method_is_an_experiment_for_every_pair_and_every_network_learns_alone():
+    for pair in cifar100.PAIRS.values():
+        experiment.check(cifar100.get_config(pair.student))
+        for method in cifar100.METHODS:
+            config = cifar100.get_config(f"{pair.name},{method}")
+            experiment.check(config)
+            assert len(terms_of(config.losses)) == 2  # beside cross-entropy
+    for method in imagenet_rivals.METHODS:
+        experiment.check(imagenet_rivals.get_config(f"{method},smoke"))
+    with pytest.raises(ValueError, match="no method 'kdd'; there are kd, fitnet"):
+        cifar100.get_config("resnet56-resnet20,kdd")
+    with pytest.raises(ValueError, match="no pair 'resnet56-vgg8' of CIFAR-100; there are wrn_40_2-wrn_16_2"):
+        cifar100.get_config("resnet56-vgg8,kd")
+
+
 def test_every_field_of_the_base_is_declared_and_says_what_it_means():
     for name in NAMES:
         assert fields.find(experiment.FIELDS, name).meaning
