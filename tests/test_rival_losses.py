@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -14,13 +15,16 @@ from proofs.fidelity import rival_losses
 from tat_jax import losses
 from tat_jax.batch import Batch
 from tat_jax.configs import base
+from tat_jax.distill import Distillation, Recipe, init_state, train_step
 from tat_jax.losses import LOSSES, hierarchical_context_loss, terms_of
 from tat_jax.losses.correlation_congruence import CorrelationCongruence
 from tat_jax.losses.ickd import ICKD
 from tat_jax.losses.review import Level, Review
 from tat_jax.losses.vid import VID
-from tat_jax.networks.view import Outputs
+from tat_jax.networks.view import Outputs, View
+from tat_jax.tasks.classification import Classification
 from tests.claims import broken
+from tests.tiny import Tiny
 
 FIGURES = json.loads((Path(__file__).parent / "golden" / "rivals.json").read_text())
 HERE = [case for case in FIGURES["losses"] if case["method"] in rival_losses.METHODS]
@@ -125,6 +129,74 @@ def test_images_on_eight_devices_are_compared_with_those_of_all(name, x64):
     rows = NamedSharding(mesh, PartitionSpec("data"))
     split = jax.jit(jax.value_and_grad(loss))(*jax.device_put((student, teacher), rows))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14), split, alone)
+
+
+def test_dist_has_a_gradient_where_a_class_is_improbable_in_every_image():
+    student, teacher = (3 * drawn((16, 100), seed, jnp.float32) for seed in (1, 2))
+    student, teacher = (x.at[:, 0].add(-25) for x in (student, teacher))
+    gradient = jax.grad(lambda s: losses.dist(s, teacher, temperature=1.0))(student)
+    assert jnp.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd", "nkd", "dist"])
+@pytest.mark.parametrize("shape", [(6, 4), (1, 5), (6, 1), (6, 2, 5)])
+def test_logits_of_two_shapes_are_refused_not_broadcast(name, shape, unchecked):
+    loss, _ = ALL[name]
+    with pytest.raises(ValueError, match="student and teacher logits do not have one shape"):
+        loss(drawn((6, 5)), drawn(shape))
+
+
+@pytest.mark.parametrize("loss", [losses.dkd, losses.nkd])
+def test_labels_of_other_images_are_refused(loss, unchecked):
+    with pytest.raises(ValueError, match=r"with labels \[batch\] \(1,\)"):
+        loss(drawn((6, 5)), drawn((6, 5)), LABELS[:1])
+
+
+def test_correlation_congruence_on_eight_devices_is_that_of_one_with_its_gradients(x64):
+    rngs = nnx.Rngs(0)
+    loss = CorrelationCongruence(
+        3, 4, student_tap="a", teacher_tap="a", features=7, dtype=jnp.float64, rngs=rngs
+    )
+    graph, params = nnx.split(loss)
+
+    def value(params, student, teacher, batch):
+        module = nnx.merge(graph, params, copy=True)
+        return module(outputs(a=student), outputs(a=teacher), batch, train=True)
+
+    of_all = jax.value_and_grad(value, argnums=(0, 1))
+    images = drawn((16, 3), 1), drawn((16, 4), 2), batch_of(16, 13)
+    alone = of_all(params, *images)
+    mesh = Mesh(jax.devices(), ("data",))
+    everywhere, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    batch = jax.tree.map(lambda x: jax.device_put(x, rows), images)
+    split = jax.jit(of_all)(jax.device_put(params, everywhere), *batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14), split, alone)
+
+
+def test_the_gradient_to_the_teacher_of_those_between_images_is_exactly_zero_and_its_embedding_is_trained():
+    taps = {"student_tap": "layer2", "teacher_tap": "layer2"}
+    terms = {name: LOSSES[name](**taps) for name in ("rkd", "pkt")}
+    terms |= {"dist": LOSSES["dist"](), "cc": CorrelationCongruence(8, 16, **taps, rngs=nnx.Rngs(2))}
+    student, teacher = (View(Tiny(width, rngs=nnx.Rngs(width))) for width in (4, 8))
+    distillation = Distillation(student, terms)
+    graph, teacher = nnx.split(teacher)
+    optimizer = optax.sgd(0.05)
+    weights = dict.fromkeys(terms, 1.0)
+    recipe = Recipe(
+        nnx.graphdef(distillation), graph, True, weights, Classification(), optimizer, lambda step: 0.05
+    )
+    state = init_state(distillation, optimizer)
+    image = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    batch = Batch(image, np.arange(8) % 5, np.arange(8) < 7)
+
+    def value(teacher):
+        after, metrics = train_step(recipe, state, teacher, batch)
+        return metrics["loss"], after
+
+    gradient, after = jax.jit(jax.grad(value, has_aux=True))(teacher)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, after.params)
+    assert all(jax.tree.leaves(moved))
 
 
 def test_kd_and_dkd_compare_standardised_logits_where_they_are_told_to(x64):

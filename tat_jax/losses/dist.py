@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from tat_jax.batch import Batch, Where
 from tat_jax.fields import POSITIVE, Field
-from tat_jax.losses.logits import softened
+from tat_jax.losses.logits import check_logits, softened
 from tat_jax.losses.loss import Loss, logits_of
 from tat_jax.networks.view import Outputs
 
@@ -45,6 +45,7 @@ def dist(
     Raises:
         ValueError: the shapes do not match.
     """
+    check_logits(student_logits, teacher_logits)
     student, teacher = (
         jax.nn.softmax(softened(logits, temperature)) for logits in (student_logits, teacher_logits)
     )
@@ -63,8 +64,9 @@ def _correlations(
     a, b = (jnp.where(counts, x - jnp.mean(x, -1, keepdims=True, where=counts), 0) for x in (a, b))
     square_a, square_b = (jnp.sum(x**2, -1) for x in (a, b))
     varies = (square_a > 0) & (square_b > 0)  # of a constant, the root has no gradient
-    norms = jnp.sqrt(jnp.where(varies, square_a * square_b, 1))
-    return jnp.where(varies, jnp.sum(a * b, -1) / (norms + _EPSILON), 0)
+    # Root by root: of a class that is improbable in every image, the product of the squares is 0 in float32.
+    norm_a, norm_b = (jnp.sqrt(jnp.where(varies, square, 1)) for square in (square_a, square_b))
+    return jnp.where(varies, jnp.sum(a * b, -1) / (norm_a * norm_b + _EPSILON), 0)
 
 
 class DIST(Loss):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from tat_jax.batch import Batch, Where
 from tat_jax.fields import POSITIVE, Field
-from tat_jax.losses.logits import STANDARDIZE, compared, softened, without_label
+from tat_jax.losses.logits import STANDARDIZE, check_logits, compared, softened, without_label
 from tat_jax.losses.loss import Loss, labels_of
 from tat_jax.networks.view import Outputs
 
@@ -56,6 +56,7 @@ def _values(
     beta: float,
     temperature: float,
 ) -> Float[Array, " batch"]:
+    check_logits(student_logits, teacher_logits, labels)
     teacher, student = (softened(logits, temperature) for logits in (teacher_logits, student_logits))
     of_label = sum(
         jnp.exp(log_t) * (log_t - log_s)

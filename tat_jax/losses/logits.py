@@ -38,6 +38,24 @@ def softened(
     return jnp.asarray(logits).astype(at_least_float32(logits.dtype)) / temperature
 
 
+def check_logits(
+    student: Array | np.ndarray, teacher: Array | np.ndarray, labels: Array | np.ndarray | None = None
+) -> None:
+    """Check that the logits of both networks are of the same images and classes, and labels of these images.
+
+    Raises:
+        ValueError: they are not.
+    """
+    fit = student.ndim == 2 and student.shape == teacher.shape
+    if fit and (labels is None or labels.shape == student.shape[:1]):
+        return
+    and_labels = "" if labels is None else f", with labels [batch] {labels.shape}"
+    raise ValueError(
+        "student and teacher logits do not have one shape [batch, classes]: "
+        f"{student.shape} and {teacher.shape}{and_labels}"
+    )
+
+
 def without_label(
     logits: Float[Array, "batch classes"], labels: Int[Array | np.ndarray, " batch"]
 ) -> Float[Array, "batch classes"]:

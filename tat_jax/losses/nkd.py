@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from tat_jax.batch import Batch, Where
 from tat_jax.fields import POSITIVE, Field
-from tat_jax.losses.logits import softened, without_label
+from tat_jax.losses.logits import check_logits, softened, without_label
 from tat_jax.losses.loss import Loss, labels_of, logits_of
 from tat_jax.networks.view import Outputs
 
@@ -53,6 +53,7 @@ def _values(
     gamma: float,
     temperature: float,
 ) -> Float[Array, " batch"]:
+    check_logits(student_logits, teacher_logits, labels)
     rows = jnp.asarray(labels)[:, None]
     log_t, log_s = (jax.nn.log_softmax(softened(z, 1.0)) for z in (teacher_logits, student_logits))
     own_t, own_s = (jnp.take_along_axis(log_p, rows, axis=-1)[:, 0] for log_p in (log_t, log_s))
