@@ -22,7 +22,7 @@ def text(comparison: Comparison) -> str:
     if len(columns) == 1:
         heads, lines = [""], [f"{'':{names}}validation {task.titles[columns[0][0]]}, {what}"]
     else:
-        heads = [f"{task.titles[measure]}, {which}" for measure, which in columns]
+        heads = [_title(task, *column) for column in columns]
         lines = [f"{'':{names}}validation, {what}"]
     width = max(16, *map(len, heads)) + 2 if heads[1:] else 0
     if heads[1:]:
@@ -42,7 +42,7 @@ def text(comparison: Comparison) -> str:
 def markdown(comparison: Comparison) -> str:
     """Return a table with the differences to the controls and the costs, and below it how to read it."""
     task, columns = comparison.task, comparison.columns
-    heads = ["", *(f"{_title(task, *column)}" for column in columns)]
+    heads = ["", *(_title(task, *column) for column in columns)]
     heads += [f"Δ {epoch}" for measure, epoch in columns if _is_compared(task, measure, epoch)]
     heads += ["n", "parameters of the losses", "ms a step", "MiB a step", "hours"]
     has_published = any(line.published for line in comparison.lines)
@@ -67,9 +67,10 @@ def markdown(comparison: Comparison) -> str:
 def as_csv(comparison: Comparison) -> str:
     """Return a line for each method and measure, in the task's unit and not rounded."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, list(_records(comparison)[0]), lineterminator="\n")
+    records = _records(comparison)
+    writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_records(comparison))
+    writer.writerows(records)
     return file.getvalue()
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, reduce
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, Bool, DTypeLike, Float
 
 from tat_jax.batch import Where
 from tat_jax.losses.loss import check_pairs
@@ -174,6 +174,11 @@ def nearest(
     """Return maps of another grid, of which position i is that of ⌊i·size/n⌋, as PyTorch's `nearest`."""
     rows, columns = (np.arange(n) * size // n for size, n in zip(x.shape[1:3], grid, strict=True))
     return x[:, rows][:, :, columns]
+
+
+def counted(where: Where | None, images: int) -> Bool[Array, " batch"]:
+    """Return which of so many images count; None is all."""
+    return jnp.ones(images, bool) if where is None else jnp.asarray(where)
 
 
 def vectors(x: Float[Array | np.ndarray, "batch *positions channels"]) -> Float[Array, "batch channels"]:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from tat_jax.batch import Batch, Where
 from tat_jax.fields import POSITIVE, Field
+from tat_jax.losses.adapt import counted
 from tat_jax.losses.logits import check_logits, softened
 from tat_jax.losses.loss import Loss, logits_of
 from tat_jax.networks.view import Outputs
@@ -49,7 +50,7 @@ def dist(
     student, teacher = (
         jax.nn.softmax(softened(logits, temperature)) for logits in (student_logits, teacher_logits)
     )
-    counts = jnp.ones(len(student), bool) if where is None else jnp.asarray(where)
+    counts = counted(where, len(student))
     everything = jnp.ones(student.shape[1:], bool)
     within = jnp.mean(_correlations(student, teacher, everything), where=counts)
     between = jnp.mean(_correlations(student.T, teacher.T, counts))

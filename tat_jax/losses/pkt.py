@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from tat_jax.batch import Batch, Where
 from tat_jax.fields import Field
-from tat_jax.losses.adapt import vectors
+from tat_jax.losses.adapt import counted, vectors
 from tat_jax.losses.loss import Loss, tap_of
 from tat_jax.networks.view import Outputs
 
@@ -21,8 +21,8 @@ _EPSILON = 1e-7
 
 
 def pkt(
-    student: Float[Array | np.ndarray, "batch features"],
-    teacher: Float[Array | np.ndarray, "batch channels"],
+    student: Float[Array | np.ndarray, "batch *positions features"],
+    teacher: Float[Array | np.ndarray, "batch *places channels"],
     *,
     where: Where | None = None,
 ) -> Float[Array, ""]:
@@ -32,11 +32,11 @@ def pkt(
     numbers of the quotient.
 
     Args:
-        student: a vector for each image.
+        student: a vector for each image, or a map or tokens, whose mean it is.
         teacher: likewise.
         where: the images that count; None is all.
     """
-    counts = jnp.ones(len(student), bool) if where is None else jnp.asarray(where)
+    counts = counted(where, len(student))
     of_student, of_teacher = (_likelihoods(vectors(x), counts) for x in (student, teacher))
     values = of_teacher * jnp.log((of_teacher + _EPSILON) / (of_student + _EPSILON))
     return jnp.mean(values, where=counts[:, None] & counts[None])
@@ -62,5 +62,5 @@ class PKT(Loss):
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch, *, train: bool) -> Float[Array, ""]:
         """Return PKT of the batch."""
-        ours, theirs = vectors(student.taps[self.student_tap]), vectors(teacher.taps[self.teacher_tap])
+        ours, theirs = student.taps[self.student_tap], teacher.taps[self.teacher_tap]
         return pkt(ours, theirs, where=batch.where)

@@ -13,17 +13,16 @@ from jaxtyping import Array, Float
 
 from tat_jax.batch import Batch, Where
 from tat_jax.fields import POSITIVE, Field
-from tat_jax.losses.adapt import unit_vectors, vectors
+from tat_jax.losses.adapt import counted, unit_vectors, vectors
 from tat_jax.losses.loss import Loss, tap_of
-from tat_jax.networks.layers import at_least_float32
 from tat_jax.networks.view import Outputs
 
 _LEAST = 1e-12  # of a squared distance
 
 
 def rkd(
-    student: Float[Array | np.ndarray, "batch features"],
-    teacher: Float[Array | np.ndarray, "batch channels"],
+    student: Float[Array | np.ndarray, "batch *positions features"],
+    teacher: Float[Array | np.ndarray, "batch *places channels"],
     *,
     distance: float = 25.0,
     angle: float = 50.0,
@@ -35,14 +34,14 @@ def rkd(
     between images j and k. Both means go over all pairs and triples, those of an image with itself, too.
 
     Args:
-        student: a vector for each image.
+        student: a vector for each image, or a map or tokens, whose mean it is.
         teacher: likewise.
         distance: weight of the distances.
         angle: weight of the angles.
         where: the images that count; None is all.
     """
-    student, teacher = (jnp.asarray(x).astype(at_least_float32(x.dtype)) for x in (student, teacher))
-    counts = jnp.ones(len(student), bool) if where is None else jnp.asarray(where)
+    student, teacher = vectors(student), vectors(teacher)
+    counts = counted(where, len(student))
     pairs = counts[:, None] & counts[None]
     distances = optax.losses.huber_loss(_distances(student, pairs), _distances(teacher, pairs))
     angles = optax.losses.huber_loss(_cosines(student), _cosines(teacher))
@@ -88,5 +87,5 @@ class RKD(Loss):
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch, *, train: bool) -> Float[Array, ""]:
         """Return RKD of the batch."""
-        ours, theirs = vectors(student.taps[self.student_tap]), vectors(teacher.taps[self.teacher_tap])
+        ours, theirs = student.taps[self.student_tap], teacher.taps[self.teacher_tap]
         return rkd(ours, theirs, distance=self.distance, angle=self.angle, where=batch.where)

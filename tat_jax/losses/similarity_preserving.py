@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from tat_jax.batch import Batch, Where
 from tat_jax.fields import Field
-from tat_jax.losses.adapt import unit_vectors
+from tat_jax.losses.adapt import counted, unit_vectors
 from tat_jax.losses.loss import Loss, tap_of
 from tat_jax.networks.layers import at_least_float32
 from tat_jax.networks.view import Outputs
@@ -34,7 +34,7 @@ def similarity_preserving(
         teacher: likewise, of any size.
         where: the images that count; None is all.
     """
-    counts = jnp.ones(len(student), bool) if where is None else jnp.asarray(where)
+    counts = counted(where, len(student))
     ours, theirs = (_similarities(jnp.asarray(x), counts) for x in (student, teacher))
     return jnp.mean((ours - theirs) ** 2, where=counts[:, None] & counts[None])
 

@@ -5,7 +5,7 @@ and of mdistiller. Their taps are what it calls features: `stem`, the maps `stag
 same before the last activation, and `pooled`, the vectors that the head reads.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -62,6 +62,18 @@ class CifarNetwork(nnx.Module):
             if num_classes
             else None
         )
+
+    def _by_sums(
+        self, x: Maps, stages: Iterable[Iterable[Any]], *, train: bool, where: Where | None
+    ) -> tuple[Out, Taps]:
+        """Return the maps behind stages of blocks that end with the ReLU of a sum, and their taps."""
+        taps: Taps = {"stem": x}
+        for i, stage in enumerate(stages, start=1):
+            for block in stage:
+                total = block.before_relu(x, train=train, where=where)
+                x = nnx.relu(total)
+            taps |= {f"stage{i}": x, f"stage{i}_preact": total}
+        return x, taps
 
     def maps(self, images: Maps, *, train: bool, where: Where | None) -> tuple[Out, Taps]:
         """Return the maps whose means the head reads, and the taps."""

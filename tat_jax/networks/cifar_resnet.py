@@ -56,13 +56,8 @@ class CifarResNet(CifarNetwork):
     def maps(self, images: Maps, *, train: bool, where: Where | None) -> tuple[Out, Taps]:
         """Return the last stage's maps, and the taps."""
         x = nnx.relu(self.bn1(self.conv1(images), train=train, where=where))
-        taps: Taps = {"stem": x}
-        for i, name in enumerate(self.stages, start=1):
-            for block in getattr(self, name):
-                total = block.before_relu(x, train=train, where=where)
-                x = nnx.relu(total)
-            taps |= {f"stage{i}": x, f"stage{i}_preact": total}
-        return x, taps
+        stages = (getattr(self, name) for name in self.stages)
+        return self._by_sums(x, stages, train=train, where=where)
 
 
 _NARROW, _WIDE = (16, 16, 32, 64), (32, 64, 128, 256)

@@ -17,6 +17,7 @@ from tat_jax.networks.cifar import CLASSES, CifarNetwork, Maps, Out, Taps, archi
 from tat_jax.networks.layers import BatchNorm, conv, torch_uniform
 
 _STEM, _GROUPS = 24, 3
+_LAST = 1024  # channels before the head of ShuffleNet V2
 
 
 def shuffle(x: Maps, groups: int) -> Out:
@@ -86,13 +87,8 @@ class ShuffleNetV1(CifarNetwork):
     def maps(self, images: Maps, *, train: bool, where: Where | None) -> tuple[Out, Taps]:
         """Return the last stage's maps, and the taps."""
         x = nnx.relu(self.bn1(self.conv1(images), train=train, where=where))
-        taps: Taps = {"stem": x}
-        for i, name in enumerate(self.stages, start=1):
-            for unit in getattr(self, name):
-                total = unit.before_relu(x, train=train, where=where)
-                x = nnx.relu(total)
-            taps |= {f"stage{i}": x, f"stage{i}_preact": total}
-        return x, taps
+        stages = (getattr(self, name) for name in self.stages)
+        return self._by_sums(x, stages, train=train, where=where)
 
 
 class SplitUnit(nnx.Module):
@@ -151,8 +147,6 @@ class ShuffleNetV2(CifarNetwork):
         rngs: the key stream `params`.
     """
 
-    last: int = 1024
-
     def __init__(
         self,
         *,
@@ -171,9 +165,9 @@ class ShuffleNetV2(CifarNetwork):
             units = [SplitUnit(width, bn_group=bn_group, **of_convs) for _ in range(depth)]
             setattr(self, name, nnx.List([halving, *units]))
             features = width
-        self.conv2 = conv(features, self.last, 1, **of_convs)
-        self.bn2 = BatchNorm(self.last, group=bn_group, dtype=dtype)
-        self._add_head(self.last, num_classes, dtype=dtype, rngs=rngs)
+        self.conv2 = conv(features, _LAST, 1, **of_convs)
+        self.bn2 = BatchNorm(_LAST, group=bn_group, dtype=dtype)
+        self._add_head(_LAST, num_classes, dtype=dtype, rngs=rngs)
 
     def maps(self, images: Maps, *, train: bool, where: Where | None) -> tuple[Out, Taps]:
         """Return the maps of 1,024 channels, and the taps."""
