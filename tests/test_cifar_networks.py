@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from proofs.fidelity import rival_networks
-from proofs.fidelity.rival_inputs import draw_entries
+from proofs.fidelity.recorded_inputs import draw_entries
 from tat_jax import networks
 from tat_jax.networks.cifar import MEAN
 from tat_jax.networks.view import View

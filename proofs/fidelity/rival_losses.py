@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from proofs.fidelity.claim import Claim
-from proofs.fidelity.rival_inputs import (
+from proofs.fidelity.recorded_inputs import (
     channels_first,
     channels_last,
     draw,

@@ -10,7 +10,7 @@ from flax import nnx
 
 from proofs.fidelity import our_step
 from proofs.fidelity.claim import Claim
-from proofs.fidelity.rival_inputs import (
+from proofs.fidelity.recorded_inputs import (
     channels_first,
     channels_last,
     draw,

@@ -16,7 +16,8 @@ import numpy as np
 from einops import rearrange
 
 from proofs.fidelity.claim import Claim, check_files
-from proofs.fidelity.trajectories import GOLDEN, draw
+from proofs.fidelity.recorded_inputs import draw
+from proofs.fidelity.trajectories import GOLDEN
 from proofs.rounding import relative_error
 from tat_jax.losses import anchor_loss, patch_group_loss
 from tat_jax.losses.patches import Form

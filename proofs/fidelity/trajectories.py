@@ -7,7 +7,6 @@ in another file of this kind.
 
 import json
 import sys
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from ml_collections import ConfigDict
 from proofs import torch_resnet, torch_step
 from proofs.fidelity import our_step
 from proofs.fidelity.claim import Claim, check_files
+from proofs.fidelity.recorded_inputs import draw, draw_integers
 from proofs.program import ROOT
 from proofs.rounding import largest_relative_error, relative_error
 from proofs.torch_resnet import TorchResNet
@@ -42,16 +42,6 @@ GOLDEN = ROOT / "tests" / "golden" / "published_code.json"
 def recorded(file: Path = GOLDEN) -> list[dict[str, Any]]:
     """Return the runs recorded in `file`."""
     return json.loads(file.read_text())["trajectories"]
-
-
-def draw(name: str, shape: tuple[int, ...], scale: float = 1.0) -> np.ndarray:
-    """Draw the array called `name`."""
-    return np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape) * scale
-
-
-def draw_labels(name: str, classes: int, count: int) -> np.ndarray:
-    """Draw the labels called `name`."""
-    return np.random.default_rng(zlib.crc32(name.encode())).integers(0, classes, count)
 
 
 def draw_entry(module: str, key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -229,7 +219,7 @@ def _batches(run: dict[str, Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for i in range(len(run["steps"])):
         name, size = f"{run['id']}/batch{i}", run["image_size"]
         images = draw(f"{name}/image", (run["batch"], 3, size, size))
-        yield images, draw_labels(f"{name}/label", run["num_classes"], run["batch"])
+        yield images, draw_integers(f"{name}/label", 0, run["num_classes"], run["batch"])
 
 
 def _config(run: dict[str, Any], dtype: str) -> ConfigDict:

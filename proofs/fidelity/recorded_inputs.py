@@ -1,4 +1,4 @@
-"""How the inputs of the rivals' golden figures are drawn from their names, in float64."""
+"""How the inputs of recorded figures are drawn from their names, in float64."""
 
 import math
 import zlib
@@ -19,7 +19,7 @@ def draw_integers(name: str, low: int, high: int, shape: int | Sequence[int]) ->
 
 
 def draw_entry(name: str, shape: Sequence[int]) -> np.ndarray:
-    """Draw the entry of a state dict called `name`, at the scale of its kind."""
+    """Draw the entry of a state dict called `name`, at the scale of its kind in `rivals.json`."""
     drawn = draw(name, shape)
     if len(shape) in (2, 4):
         return drawn * math.prod(shape[1:]) ** -0.5
