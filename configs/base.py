@@ -55,10 +55,11 @@ def loss(name: str, **options: Any) -> ConfigDict:
 
 def update_losses(config: ConfigDict, changes: Mapping[str, Any]) -> None:
     """Set losses of a config, or pairs of taps that they compare; what is not said is as published."""
-    with config.unlocked(), config.ignore_type():  # a weight may become a schedule
+    with config.unlocked():
         for name, said in changes.items():
             if LOSSES[name].compares_taps:
-                config.losses[name].update({tap: loss(name, **options) for tap, options in said.items()})
+                for tap, options in said.items():
+                    config.losses[name][tap] = loss(name, **options)
             else:
                 config.losses[name] = loss(name, **said)
 
