@@ -128,6 +128,7 @@ METHODS: Mapping[str, Callable[[Pair], dict[str, Any]]] = {
     "fitnet": lambda pair: {"fitnet": {"stage2": {"weight": 100.0}}},
     "at": lambda pair: {"at": {"weight": 1000.0, **_every(pair)}},
     "sp": lambda pair: {"sp": {"weight": 3000.0, **_last(pair)}},
+    "crd": lambda pair: {"crd": {"weight": 0.8}},
     "cc": lambda pair: {"cc": {"weight": 0.02}},
     "vid": lambda pair: {"vid": {"weight": 1.0, **_every(pair)}},
     "rkd": lambda pair: {"rkd": {"weight": 1.0}},

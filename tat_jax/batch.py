@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Integer, UInt8
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt8
 
 Images = UInt8[Array | np.ndarray, "batch height width 3"] | Float[Array | np.ndarray, "batch height width 3"]
 Labels = Integer[Array | np.ndarray, " batch"] | Integer[Array | np.ndarray, "batch rows columns"]
@@ -32,11 +32,13 @@ class Batch(NamedTuple):
         label: an integer or a map of integers for each image; None where images have no labels. Where a
             training mixes its images, `MixedLabels`.
         where: the rows that count.
+        indices: of the images within their split; −1 of rows that do not count. None: nobody numbered them.
     """
 
     image: Images
     label: Labels | MixedLabels | None
     where: Where
+    indices: Int[Array | np.ndarray, " batch"] | None = None
 
     def __getitem__(self, key: Any) -> Any:
         """Return a part by its name, too, as scripts read batches that were dictionaries."""

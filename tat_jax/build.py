@@ -3,13 +3,15 @@
 import contextlib
 import functools
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from tat_jax import distill, networks, optim, sharding
@@ -21,15 +23,17 @@ from tat_jax.networks import Network, OwnNetwork
 from tat_jax.networks.precision import narrow
 from tat_jax.networks.view import Outputs, OutputShapes, watch
 from tat_jax.schedules import weight_at
+from tat_jax.step import places_of
 from tat_jax.tasks import task_of
 from tat_jax.usage import other_classes
 from tat_jax.weights.store import digest, flatten
 
 _Arrays = TypeVar("_Arrays", nnx.State, nnx.State | None)
+Labels = Callable[[], Int[np.ndarray, " images"]]
 
 
 class Built(NamedTuple):
-    """A training with its arrays, which lie whole on every device, but for a teacher that is sharded.
+    """A training with its arrays, whole on every device, but for `Rows` and a teacher that is sharded.
 
     Attributes:
         recipe: the static parts of the step.
@@ -58,6 +62,7 @@ def build(
     student: OwnNetwork | Network | None = None,
     teacher: OwnNetwork | Network | None = None,
     losses: Own | None = None,
+    labels: Labels | None = None,
 ) -> Built:
     """Build what `config` trains.
 
@@ -70,6 +75,7 @@ def build(
         student: a network instead of the config's.
         teacher: likewise.
         losses: further terms, as in `train.run`.
+        labels: gives those of all images that are trained on, if a term of the loss asks for them.
 
     Raises:
         FileNotFoundError: weights are missing.
@@ -82,7 +88,7 @@ def build(
     learner = build_student(config, num_classes, student)
     master = build_teacher(config, num_classes, teacher, terms)
     _check_logits(terms, master, num_classes, classes)
-    distillation = Distillation(learner.view, _build_losses(config, terms, learner, master))
+    distillation = Distillation(learner.view, _build_losses(config, terms, learner, master, labels))
     learning_rate = optim.learning_rate(config.optimizer, steps_per_epoch, config.epochs)
     optimizer = optim.optimizer(config.optimizer, learning_rate, nnx.state(distillation, nnx.Param))
     teacher_graph, teacher_state = nnx.split(master.view) if master else (None, None)
@@ -102,7 +108,7 @@ def build(
     state = distill.init_state(distillation, optimizer, with_ema=config.ema_decay is not None)
     return Built(
         recipe,
-        sharding.put_whole(state, mesh, what="the student's weights"),
+        sharding.put(state, places_of(state, mesh), what="the student's weights"),
         put_teacher(config, teacher_state, mesh),
         learner,
         terms,
@@ -174,7 +180,8 @@ def build_teacher(
 
 def put_teacher(config: ConfigDict, arrays: _Arrays, mesh: Mesh) -> _Arrays:
     """Return the arrays of a teacher where `config.teacher_sharding` has them."""
-    return sharding.put(arrays, teacher_place(config, mesh), what="the teacher's weights")
+    places = jax.tree.map(teacher_place(config, mesh), arrays)
+    return sharding.put(arrays, places, what="the teacher's weights")
 
 
 def teacher_place(config: ConfigDict, mesh: Mesh) -> sharding.Place:
@@ -278,7 +285,11 @@ def _check_batches(config: ConfigDict, steps_per_epoch: int) -> None:
 
 
 def _build_losses(
-    config: ConfigDict, terms: Sequence[Term], student: Network, teacher: Network | None
+    config: ConfigDict,
+    terms: Sequence[Term],
+    student: Network,
+    teacher: Network | None,
+    labels: Labels | None,
 ) -> dict[str, Loss]:
     """Return the loss of every term, made for the shapes of what both networks give."""
     shapes = shapes_of(config, terms, student, teacher)
@@ -291,16 +302,23 @@ def _build_losses(
         # By its name, so that another term more changes none of the others.
         key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(term.name.encode()))
         try:
+            options = term.options | _labels_for(term, labels)
             built[term.name] = term.loss.build(
                 *shapes,
                 dtype=jnp.dtype(config.dtype),
                 bn_group=config.bn_group,
                 rngs=nnx.Rngs(key),
-                **term.options,
+                **options,
             )
         except ValueError as error:
             raise ValueError(f"{term.name}: {error}") from None
     return built
+
+
+def _labels_for(term: Term, labels: Labels | None) -> dict[str, Any]:
+    if term.loss.needs_all_labels and labels is None:
+        raise ValueError("it reads the class of every image, and `labels` were not given")
+    return {"labels": labels()} if term.loss.needs_all_labels and labels else {}
 
 
 def _taps_of(term: Term, which: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 Each function returns what it finds in words, and what it built.
 """
 
+import functools
 import math
 import os
 import shutil
@@ -32,7 +33,7 @@ from tat_jax.build import Built, all_terms, build, build_student, build_teacher,
 from tat_jax.checkpoints import read_provenance
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.sample import Sample
-from tat_jax.data.source import class_names
+from tat_jax.data.source import all_labels, class_names
 from tat_jax.evaluate import evaluate
 from tat_jax.losses import Own
 from tat_jax.networks import Network, OwnNetwork
@@ -254,6 +255,7 @@ def build_training(
         student=student,
         teacher=teacher,
         losses=losses,
+        labels=functools.partial(all_labels, data.source),
     )
     lines = [describe_training(config, built)]
     if folder:

@@ -126,6 +126,16 @@ def split(array: Any, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*([None] * longest), "data"))
 
 
+def split_rows(array: Any, mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array whose first axis is split, if the devices share it evenly."""
+    return batched(mesh) if array.ndim and array.shape[0] % mesh.size == 0 else replicated(mesh)
+
+
+def everywhere(arrays: Any, mesh: Mesh) -> Any:
+    """Return for each array the sharding of one that lies whole on every device."""
+    return jax.tree.map(lambda _: replicated(mesh), arrays)
+
+
 def are_whole(arrays: Any) -> bool:
     """Return whether arrays lie whole on every device that they lie on."""
     return all(array.is_fully_replicated for array in jax.tree.leaves(arrays))
@@ -136,6 +146,13 @@ def gathered(arrays: _Tree, mesh: Mesh) -> _Tree:
     if mesh.size == 1:
         return arrays
     return jax.lax.with_sharding_constraint(arrays, replicated(mesh))
+
+
+def resharded(arrays: _Tree, places: Any) -> _Tree:
+    """Return arrays that lie on devices as ones that lie where `places` says, one for each array."""
+    if places == jax.tree.map(lambda array: array.sharding, arrays):
+        return arrays
+    return jax.jit(lambda same: same, out_shardings=places)(arrays)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
@@ -181,12 +198,11 @@ def put_whole(arrays: _Tree, mesh: Mesh, *, what: str) -> _Tree:
     Raises:
         ValueError: they are not the same.
     """
-    return put(arrays, lambda _: replicated(mesh), what=what)
+    return put(arrays, everywhere(arrays, mesh), what=what)
 
 
-def put(arrays: _Tree, place: Place, *, what: str) -> _Tree:
-    """Return arrays likewise, each where its `place` says, and nowhere else on the way there."""
-    places = jax.tree.map(place, arrays)
+def put(arrays: _Tree, places: Any, *, what: str) -> _Tree:
+    """Return arrays likewise, each where its place of `places` is, and nowhere else on the way there."""
     if jax.process_count() == 1:
         return jax.device_put(arrays, places)
     check_same({what: digest(arrays)})

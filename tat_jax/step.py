@@ -1,5 +1,6 @@
 """The training step as the devices of a mesh run it."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,22 +10,34 @@ from jax.sharding import Mesh
 from tat_jax import distill, sharding
 from tat_jax.batch import Batch
 from tat_jax.distill import Metrics, Recipe, TrainState
+from tat_jax.losses.loss import Rows
 
 # On a CPU, XLA's YNNPACK convolutions take a third more time for a step than its others; its reductions less.
 CPU_OPTIONS: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
+def places_of(state: TrainState, mesh: Mesh) -> TrainState:
+    """Return where each array of a state lies: whole on every device, but for `Rows`, which are split."""
+
+    def place(part: Any) -> Any:
+        if isinstance(part, Rows):
+            return jax.tree.map(functools.partial(sharding.split_rows, mesh=mesh), part)
+        return sharding.everywhere(part, mesh)
+
+    return jax.tree.map(place, state, is_leaf=lambda part: isinstance(part, nnx.Variable))
+
+
 def jit_train_step(recipe: Recipe, mesh: Mesh) -> jax.stages.Wrapped:
     """Return the step of a recipe, compiled for the devices of a mesh; the state passed to it is donated."""
-    whole = sharding.replicated(mesh)
 
     def train_step(state: TrainState, teacher: nnx.State | None, batch: Batch) -> tuple[TrainState, Metrics]:
-        return distill.train_step(recipe, state, sharding.gathered(teacher, mesh), batch)
+        after, metrics = distill.train_step(recipe, state, sharding.gathered(teacher, mesh), batch)
+        return jax.lax.with_sharding_constraint(after, places_of(after, mesh)), metrics
 
     return jax.jit(
         train_step,
         donate_argnums=0,
-        out_shardings=(whole, whole),
+        out_shardings=(None, sharding.replicated(mesh)),  # None: as the step constrains them
         compiler_options=CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None,
     )
 

@@ -25,7 +25,7 @@ from tat_jax.batch import Batch
 from tat_jax.build import Built, teacher_place
 from tat_jax.compiled import Program, describe
 from tat_jax.evaluate import jit_eval_step
-from tat_jax.step import jit_train_step
+from tat_jax.step import jit_train_step, places_of
 from tat_jax.tasks import task_of
 
 _NAME = re.compile(r"\w+[:=]\d+(x\d+)*(_\w+)?")
@@ -135,8 +135,8 @@ def compile_step(
     Raises:
         MemoryError: it needs more than a device has.
     """
-    state = _abstract(built.state, lambda _: sharding.replicated(pod.mesh))
-    teacher = _abstract(built.teacher, teacher_place(config, pod.mesh))
+    state = _abstract(built.state, places_of(built.state, pod.mesh))
+    teacher = _abstract(built.teacher, jax.tree.map(teacher_place(config, pod.mesh), built.teacher))
     step = jit_train_step(built.recipe, pod.mesh)
     batch = _batch(config, pod, images, source, train=True)
     return _compile(step.lower(state, teacher, batch), pod, options)
@@ -147,7 +147,7 @@ def compile_evaluation(
 ) -> Program:
     """Compile likewise what an evaluation of the student counts of a batch."""
     graph, state = nnx.split(built.student.view)
-    state = _abstract(state, lambda _: sharding.replicated(pod.mesh))
+    state = _abstract(state, sharding.everywhere(state, pod.mesh))
     count = jit_eval_step(pod.mesh)
     batch = _batch(config, pod, images, source, train=False)
     return _compile(count.lower(graph, built.recipe.task, state, batch), pod, QUICK)
@@ -165,11 +165,12 @@ def _batch(config: ConfigDict, pod: Pod, images: int, source: Any, *, train: boo
         image=rows((side, side, 3), "uint8"),
         label=None if label is None else rows(label.shape, label.dtype),
         where=rows((), "bool"),
+        indices=rows((), "int32"),
     )
 
 
-def _abstract(arrays: Any, place: sharding.Place) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), arrays)
+def _abstract(arrays: Any, places: Any) -> Any:
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), arrays, places)
 
 
 def _compile(lowered: jax.stages.Lowered, pod: Pod, options: Mapping[str, Any]) -> Program:

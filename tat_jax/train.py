@@ -1,6 +1,7 @@
 """One training run: from a config to a folder of checkpoints, metrics and a picture."""
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Iterator
@@ -15,9 +16,10 @@ from tat_jax.batch import Batch
 from tat_jax.buckets import Place, place
 from tat_jax.build import Built, build
 from tat_jax.checkpoints import Restored, RunCheckpoints, read_provenance
+from tat_jax.data.held_out import SPLIT
 from tat_jax.data.pipeline import Pipeline, check_same, open_pipeline
-from tat_jax.data.source import class_names, some
-from tat_jax.distill import student_views
+from tat_jax.data.source import all_labels, class_names, some
+from tat_jax.distill import TrainState, student_views
 from tat_jax.evaluate import Evaluation, Stopped, open_evaluator
 from tat_jax.gallery import Gallery
 from tat_jax.losses import Own
@@ -25,7 +27,7 @@ from tat_jax.metrics import MetricWriter, Row, StepLog, is_evaluation, last_and_
 from tat_jax.networks import OwnNetwork
 from tat_jax.position import Position
 from tat_jax.signals import Interrupted, StopSignals
-from tat_jax.step import TrainStep
+from tat_jax.step import TrainStep, places_of
 from tat_jax.summary import summarize
 from tat_jax.usage import as_json, usage_of
 
@@ -66,7 +68,8 @@ def run(
     experiment.check(config)
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.batch_size, mesh)
-    data = open_pipeline(config, "train"), open_pipeline(config, "val")
+    splits = ["train", "val"] + [SPLIT] * (config.data.get("held_out_of_training") is not None)
+    data = [open_pipeline(config, split) for split in splits]
     check_same(config, *data)
     built = build(
         config,
@@ -77,6 +80,7 @@ def run(
         student=student,
         teacher=teacher,
         losses=losses,
+        labels=functools.partial(all_labels, data[0].source),
     )
     with _Training(config, place(folder), mesh, built, *data) as training:
         while not training.is_done():
@@ -99,11 +103,12 @@ class _Training:
         built: Built,
         data: Pipeline,
         eval_data: Pipeline,
+        held_out: Pipeline | None = None,
     ):
         self._config, self._place, self._mesh, self._built = config, place, mesh, built
         self._data, self._eval_data = data, eval_data
         self._show = jax.process_index() == 0
-        self._evaluator = open_evaluator(config, eval_data, mesh, built)
+        self._evaluator = open_evaluator(config, eval_data, mesh, built, held_out)
         self._step_fn = TrainStep(built.recipe, mesh)
         self._agreement = sharding.Agreement(mesh)
         source = data.source
@@ -169,11 +174,13 @@ class _Training:
             ValueError: it is of other images.
         """
         images = len(self._data.source)
-        restored = self._checkpoints.restore(self._built.state)
+        # Whole, as it is saved: one process may have to write it, and other devices to go on from it.
+        restored = self._checkpoints.restore(self._whole(self._built.state))
         if restored and restored.position["images"] != images:
             there = f"{self._place} was trained on {restored.position['images']:,} images"
             raise ValueError(f"{there}, and data.root holds {images:,} now")
-        self._state = restored.state if restored else self._built.state
+        state = restored.state if restored else self._built.state
+        self._state = sharding.resharded(state, places_of(state, self._mesh))
         self._position = Position(
             int(self._state.step), self._data.steps_per_epoch, images, self._config.batch_size
         )
@@ -299,7 +306,7 @@ class _Training:
             position = self._position
             where = {"epoch": position.epoch, "batch": position.batch, "images": position.epoch_images}
             self._checkpoints.save(
-                self._state,
+                self._whole(self._state),
                 arguments=self._built.student.arguments,
                 usage=self._usage,
                 provenance=self._provenance,
@@ -307,6 +314,9 @@ class _Training:
                 metrics=measures,
             )
         self._note_saved()
+
+    def _whole(self, state: TrainState) -> TrainState:
+        return sharding.resharded(state, sharding.everywhere(state, self._mesh))
 
     def _note_saved(self) -> None:
         self._saved_step, self._saved_at = self._position.step, time.monotonic()

@@ -53,10 +53,13 @@ class Measured(NamedTuple):
     gradients: dict[str, np.ndarray]
 
 
-def claims(figures: Mapping[str, Any]) -> Iterator[Claim]:
+Methods = dict[str, Callable[[Case], Measured]]
+
+
+def claims(figures: Mapping[str, Any], methods: Methods | None = None) -> Iterator[Claim]:
     """Compare every case of a loss that is here, in float64; a method that is not is named."""
     for case in figures["losses"]:
-        measure = METHODS.get(case["method"])
+        measure = (METHODS if methods is None else methods).get(case["method"])
         if measure is None:
             yield Claim(f"{case['id']}: {case['method']} is not here", "its authors' code", math.nan, None)
             continue
@@ -407,7 +410,7 @@ def _drawn_norm(case: Case, which: str, norm: BatchNorm) -> dict[str, np.ndarray
     return entries | {f"{which}.l2norm.{n}": np.asarray(value[...]) for n, value in statistics.items()}
 
 
-METHODS: Mapping[str, Callable[[Case], Measured]] = {
+METHODS: Methods = {
     "KD": _kd,
     "LSKD+KD": _standardized,
     "LSKD+DKD": _standardized,

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from proofs.fidelity import rival_losses, rival_networks
+from proofs.fidelity import rival_losses, rival_memory, rival_networks
 from proofs.fidelity.claim import Claim, check_files
 from proofs.program import ROOT
 
@@ -18,7 +18,9 @@ GOLDEN = ROOT / "tests" / "golden" / "rivals.json"
 def claims(file: Path = GOLDEN) -> list[Claim]:
     """Compare everything that a file holds."""
     figures = json.loads(file.read_text())
-    return [*rival_losses.claims(figures), *rival_networks.claims(figures)]
+    of_losses = {"losses": list(rival_memory.steps(figures["losses"]))}
+    methods = rival_losses.METHODS | rival_memory.METHODS
+    return [*rival_losses.claims(of_losses, methods), *rival_networks.claims(figures)]
 
 
 if __name__ == "__main__":

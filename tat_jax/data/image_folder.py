@@ -31,6 +31,7 @@ class ImageFolder:
 
     Attributes:
         classes: the names of the classes by their labels.
+        labels: of the images.
         notes: what was passed over, and how labels came about, where that may not be what is meant.
 
     Raises:
@@ -57,7 +58,7 @@ class ImageFolder:
         self.num_classes = len(self.classes)
         numbers = {name: number for number, name in enumerate(self.classes)}
         self._paths, counts = folder.list_images(split, list(found.values()), passed)
-        self._labels = np.repeat(np.array([numbers[name] for name in found], np.int32), counts)
+        self.labels = np.repeat(np.array([numbers[name] for name in found], np.int32), counts)
         empty = [str(here / name) for name, count in zip(found.values(), counts, strict=True) if not count]
         self.notes = passed.lines(split)
         check_all_were_read(folder.root, passed, empty, self.notes)
@@ -74,7 +75,7 @@ class ImageFolder:
 
     def __getitem__(self, index: int) -> Example:
         image, name = self._folder.read_image(self._paths[index])
-        return Example(image, int(self._labels[index]), name)
+        return Example(image, int(self.labels[index]), name)
 
 
 @functools.cache

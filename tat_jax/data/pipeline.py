@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from tat_jax import sharding
 from tat_jax.batch import Batch
+from tat_jax.data.held_out import part_of
 from tat_jax.data.rows import MEMORY, Rows, Transform, random
 from tat_jax.data.shared import Layout
 from tat_jax.data.source import Label, Source, class_names, spread
@@ -174,7 +175,7 @@ class Pipeline:
         try:
             for batch, skipped in workers.read(epoch, (self._indices(order, step) for step in steps)):
                 self.skipped |= skipped
-                yield Batch(batch.image, batch.label, batch.where)
+                yield Batch(batch.image, batch.label, batch.where, _index(batch.indices, batch.where))
         finally:
             if workers.is_open:
                 self._idle.append(workers)
@@ -237,15 +238,20 @@ class Pipeline:
         labels = None if blank is None else np.empty((len(indices), *blank.shape), blank.dtype)
         where = np.empty(len(indices), bool)
         self.skipped |= self._rows.fill(images, labels, where, epoch, indices)
-        return Batch(images, labels, where)
+        return Batch(images, labels, where, _index(indices, where))
+
+
+def _index(indices: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Return the indices of images that count, and −1 for other rows."""
+    return np.where(where, indices, -1).astype(np.int32)
 
 
 def open_pipeline(config: ConfigDict, split: str, *, batch_size: int | None = None) -> Pipeline:
-    """Open the split `train` or `val` of a config's data for its task and this process.
+    """Open a split of a config's data for its task and this process.
 
     Args:
         config: as the functions in `configs/` return it.
-        split: "train" or "val".
+        split: "train", "val", or "held_out" of training where the config says so.
         batch_size: instead of the config's.
 
     Raises:
@@ -258,13 +264,16 @@ def open_pipeline(config: ConfigDict, split: str, *, batch_size: int | None = No
 
 
 def source_of(config: ConfigDict, split: str) -> Source:
-    """Open the split `train` or `val` of a config's data as its task takes it.
+    """Open a split of a config's data as its task takes it.
 
     Raises:
         FileNotFoundError: the images are not there.
         ValueError: no such source or split, or the files cannot be what they should be.
     """
-    return task_of(config).take(open_source(config.data, split))
+    share = config.data.get("held_out_of_training")
+    if share is None or split == "val":
+        return task_of(config).take(open_source(config.data, split))
+    return part_of(task_of(config).take(open_source(config.data, "train")), share, split)
 
 
 def pipeline_of(

@@ -4,7 +4,7 @@ import inspect
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import Int, Integer, UInt8
 from ml_collections import ConfigDict
 
 SPLITS = ("train", "val")
@@ -25,9 +25,9 @@ class Example(NamedTuple):
 class Source(Protocol):
     """The images of one split, read by index from any thread.
 
-    It may have `classes` and `colours`, those of its classes by their labels, and `notes`, lines that whoever
-    trains on it should have read; see `class_names`, `class_colours` and `notes`. One of label maps has
-    `largest`, see `largest_image`.
+    It may have `classes` and `colours`, those of its classes by their labels, `labels`, those of its images,
+    and `notes`, lines that whoever trains on it should have read; see `class_names`, `class_colours`,
+    `all_labels` and `notes`. One of label maps has `largest`, see `largest_image`.
     """
 
     num_classes: int
@@ -53,6 +53,23 @@ def class_names(source: Source) -> list[str] | None:
 def class_colours(source: Source) -> UInt8[np.ndarray, "classes 3"] | None:
     """Return the colours of a source's classes by their labels; None where it has none of its own."""
     return getattr(source, "colours", None)
+
+
+def all_labels(source: Source) -> Int[np.ndarray, " images"]:
+    """Return the label of each image; a source that does not list them has to read every one for that.
+
+    Raises:
+        ValueError: labels are not one class for each image.
+    """
+    known = getattr(source, "labels", None)
+    if known is None:
+        known = (source[index].label for index in range(len(source)))
+    labels = list(known)
+    if not all(isinstance(label, int | np.integer) for label in labels):
+        raise ValueError(
+            "it reads the class of every image, and the labels of this data.source are no classes"
+        )
+    return np.array(labels, np.int32)
 
 
 def check_label_maps(source: Source) -> None:

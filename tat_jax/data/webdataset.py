@@ -47,6 +47,7 @@ class WebDataset:
                 raise ValueError(
                     f"no image of {self._folder.root}/train has a class index beside it, in .cls"
                 )
+        self.labels = self._shards.label
         self._check_labels()
         self.notes = self._shards.passed.lines(split) + self._notes_of_classes(split)
 
@@ -60,11 +61,11 @@ class WebDataset:
 
     def __getitem__(self, index: int) -> Example:
         image, name = self._images.read(index)
-        return Example(image, int(self._shards.label[index]), name)
+        return Example(image, int(self.labels[index]), name)
 
     def _check_labels(self) -> None:
         """Raise a ValueError unless each image has the index of a class."""
-        labels = self._shards.label
+        labels = self.labels
         if (wrong := np.flatnonzero(labels == UNLABELLED)).size:
             name = self._images.name(int(wrong[0]))
             raise ValueError(

@@ -14,11 +14,16 @@ from tat_jax.networks.view import Outputs, OutputShapes
 Value = Float[Array, ""] | Float[Array, " batch"]
 
 
+class Rows(nnx.Variable):
+    """What a loss remembers of each image that is trained on, a row each, which the devices share."""
+
+
 class Loss(nnx.Module):
     """A term of the loss that is trained on: total = Σ weight · loss.
 
     A subclass in a module of this package is found in configs by its `name`. It may hold parameters, which
-    are trained with the student's, and other `nnx.Variable`s, which are saved like running statistics.
+    are trained with the student's, and other `nnx.Variable`s, which are saved like running statistics; as
+    `Rows` they lie split over the devices.
 
     Attributes:
         name: what configs call it.
@@ -27,6 +32,7 @@ class Loss(nnx.Module):
             among its options.
         has_parameters: whether a run can switch it on or off only before it begins.
         needs_labels: whether it reads `batch.label`.
+        needs_all_labels: whether it is built with `labels`, those of all images that are trained on, too.
         takes_mixed_labels: whether it reads that where they are `MixedLabels`, too.
         needs_teacher: whether it reads the teacher's outputs.
         needs_logits: whether it reads logits, the student's and, with `needs_teacher`, the teacher's, whose
@@ -38,6 +44,7 @@ class Loss(nnx.Module):
     compares_taps: ClassVar[bool] = False
     has_parameters: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
+    needs_all_labels: ClassVar[bool] = False
     takes_mixed_labels: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = False
