@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tat_jax.evaluate import HELD_OUT
 from tat_jax.metrics import is_evaluation, last_and_best
 from tat_jax.tasks.task import Task
 from tat_jax.weights.folders import OF_EMA
 
 Rows = Sequence[Mapping[str, Any]]
 
-HELD_OUT = "held_out_"  # before the names of measures on a part that is held out of the training set
 BY_HELD_OUT = "best by held out"
 _CONFIDENCE = 0.95
 

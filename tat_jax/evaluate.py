@@ -29,6 +29,8 @@ from tat_jax.tasks.task import Task
 from tat_jax.usage import other_classes
 from tat_jax.weights import folders, remote, store
 
+HELD_OUT = "held_out_"  # before the names of measures on what is held out of training
+
 
 class Evaluation(NamedTuple):
     """What a task measured on so many `images`; `skipped` ones could not be read.
@@ -47,6 +49,11 @@ class Evaluation(NamedTuple):
         further = {f"{folders.OF_EMA}{name}": value for name, value in ema.measures.items()}
         return self._replace(measures=self.measures | further)
 
+    def with_held_out(self, measures: Mapping[str, float]) -> "Evaluation":
+        """Return it with measures of what is held out of training beside its own, with `held_out_` before."""
+        further = {f"{HELD_OUT}{name}": value for name, value in measures.items()}
+        return self._replace(measures=self.measures | further)
+
     def __str__(self) -> str:
         skipped = f" ({self.skipped} unreadable skipped)" if self.skipped else ""
         return f"{describe(self.task, self.measures)}  on {self.images:,} images{skipped}"
@@ -57,13 +64,14 @@ class Evaluation(NamedTuple):
 
 
 def describe(task: Task, measures: Mapping[str, float]) -> str:
-    """Return the measures of a line, and where there are any those of the moving average."""
-    of_ema = {
-        name.removeprefix(folders.OF_EMA): measures[name]
-        for name in measures
-        if name.startswith(folders.OF_EMA)
-    }
-    return task.describe(measures) + (f"  EMA {task.describe(of_ema)}" if of_ema else "")
+    """Return the measures in a line, with those of what is held out, and those of the moving average."""
+    said = task.describe(measures)
+    for prefix, title in ((HELD_OUT, "held out"), (folders.OF_EMA, "EMA")):
+        found = {
+            name.removeprefix(prefix): value for name, value in measures.items() if name.startswith(prefix)
+        }
+        said += f"  {title} {describe(task, found)}" if found else ""
+    return said
 
 
 class Stopped(Exception):
@@ -165,7 +173,11 @@ class Evaluator(Protocol):
 
 
 def open_evaluator(
-    config: ConfigDict, pipeline: Pipeline, mesh: Mesh, built: Built | None = None
+    config: ConfigDict,
+    pipeline: Pipeline,
+    mesh: Mesh,
+    built: Built | None = None,
+    held_out: Pipeline | None = None,
 ) -> Evaluator:
     """Return what evaluates as the task of a config has it.
 
@@ -174,6 +186,7 @@ def open_evaluator(
         pipeline: the images to validate, without augmentation.
         mesh: the devices.
         built: the training, whose teacher and losses may be measured, too; None where nothing is trained.
+        held_out: the images that are held out of training, which are measured, too; None where none are.
 
     Raises:
         FileNotFoundError: images that it needs besides are not there.
@@ -181,24 +194,32 @@ def open_evaluator(
     """
     task = task_of(config)
     if task.needs_head:
-        return _Counting(task, pipeline, mesh)
+        return _Counting(task, pipeline, mesh, held_out)
     return _Probing(task, probe.open_probe(config, pipeline, mesh, built))
 
 
 class _Counting(NamedTuple):
-    """Counts over a split what a task counts."""
+    """Counts what a task counts over a split, and over what is held out of training where something is."""
 
     task: Task
     pipeline: Pipeline
     mesh: Mesh
+    held_out: Pipeline | None
 
     def __call__(
         self, graph: nnx.GraphDef, state: nnx.State, trained: TrainState | None = None, **options: Any
     ) -> Evaluation:
-        return evaluate(graph, state, self.task, self.pipeline, self.mesh, **options)
+        found = evaluate(graph, state, self.task, self.pipeline, self.mesh, **options)
+        if self.held_out is None:
+            return found
+        return found.with_held_out(
+            evaluate(graph, state, self.task, self.held_out, self.mesh, **options).measures
+        )
 
     def close(self) -> None:
-        """Do nothing: whoever opened the pipeline closes it."""
+        """End what reads the images that are held out; whoever opened the others closes them."""
+        if self.held_out is not None:
+            self.held_out.close()
 
 
 class _Probing(NamedTuple):

@@ -60,6 +60,14 @@ FIELDS = {
         "the share of the images, evenly spaced, that evaluation has where root has no train/ and val/",
         only_with=("source", one_of("images")),
     ),
+    "held_out_of_training": Field(
+        float,
+        or_none(_PART),
+        "the share of the training images, evenly spaced, that is measured at each evaluation, to choose by, "
+        "and not trained on; None: all are trained on",
+        only_with=("source", one_of(*_WITH_CLASSES)),
+        optional=True,
+    ),
     "tfds_name": Field("imagenet2012", TEXT, "the data set", only_with=("source", one_of("tfds"))),
     "labels_per_class": Field(
         int,

@@ -36,6 +36,15 @@ class Features(Classification):
         """Return the task of a config: without labelled images it measures otherwise."""
         return _Unprobed() if config.probe.source is None else cls()
 
+    def check(self, data: ConfigDict) -> None:
+        """Raise a ValueError where images are held out to be measured by logits, too."""
+        super().check(data)
+        if data.get("held_out_of_training") is not None:
+            raise ValueError(
+                "data.held_out_of_training holds out images for a head to classify, and task=features has "
+                "none: set it to None, and measure by labelled images of config.probe"
+            )
+
     def take(self, source: Source) -> Source:
         """Return the images without their labels, if they have any."""
         return WithoutLabels(source) if source.num_classes else source
