@@ -26,6 +26,8 @@ class Pair(NamedTuple):
     Attributes:
         teacher: its architecture.
         student: its architecture.
+        rise: epochs over which mdistiller lets DKD and ReviewKD rise, of the protocol's 240.
+        negatives: of CRD, for each image.
         dkd: β of DKD.
         review: the weight of ReviewKD.
         kd_standardized: temperature and weight of KD of standardised logits.
@@ -34,6 +36,8 @@ class Pair(NamedTuple):
 
     teacher: str
     student: str
+    rise: int = 20
+    negatives: int = 16_384
     dkd: float = 8.0
     review: float = 5.0
     kd_standardized: tuple[float, float] = (2.0, 9.0)
@@ -100,9 +104,9 @@ def _reviewed(pair: Pair) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _risen(weight: float) -> dict[str, Any]:
-    """Return mdistiller's weight · min(epoch / 20, 1), whose first epoch is 1."""
-    return linear(weight / 20, weight, end=19)
+def _risen(weight: float, pair: Pair) -> dict[str, Any] | float:
+    """Return mdistiller's weight · min(epoch / rise, 1), whose first epoch is 1."""
+    return linear(weight / pair.rise, weight, end=pair.rise - 1) if pair.rise > 1 else weight
 
 
 def _kd_standardized(pair: Pair) -> dict[str, Any]:
@@ -113,7 +117,7 @@ def _kd_standardized(pair: Pair) -> dict[str, Any]:
 
 def _dkd_standardized(pair: Pair) -> dict[str, Any]:
     temperature, weight, beta = pair.dkd_standardized
-    dkd = {"weight": _risen(weight), "beta": beta, "temperature": temperature, "standardize": True}
+    dkd = {"weight": _risen(weight, pair), "beta": beta, "temperature": temperature, "standardize": True}
     return {"dkd": dkd}
 
 
@@ -128,13 +132,13 @@ METHODS: Mapping[str, Callable[[Pair], dict[str, Any]]] = {
     "fitnet": lambda pair: {"fitnet": {"stage2": {"weight": 100.0}}},
     "at": lambda pair: {"at": {"weight": 1000.0, **_every(pair)}},
     "sp": lambda pair: {"sp": {"weight": 3000.0, **_last(pair)}},
-    "crd": lambda pair: {"crd": {"weight": 0.8}},
+    "crd": lambda pair: {"crd": {"weight": 0.8, "negatives": pair.negatives}},
     "cc": lambda pair: {"cc": {"weight": 0.02}},
     "vid": lambda pair: {"vid": {"weight": 1.0, **_every(pair)}},
     "rkd": lambda pair: {"rkd": {"weight": 1.0}},
     "pkt": lambda pair: {"pkt": {"weight": 30_000.0}},
-    "review": lambda pair: {"review": {"weight": _risen(pair.review), **_reviewed(pair)}},
-    "dkd": lambda pair: {"dkd": {"weight": _risen(1.0), "beta": pair.dkd}},
+    "review": lambda pair: {"review": {"weight": _risen(pair.review, pair), **_reviewed(pair)}},
+    "dkd": lambda pair: {"dkd": {"weight": _risen(1.0, pair), "beta": pair.dkd}},
     "dist": lambda pair: {"dist": {"weight": 2.0}},
     "nkd": lambda pair: {"nkd": {"weight": 1.0}},
     "kd_standardized": _kd_standardized,
@@ -154,7 +158,9 @@ def get_config(argument: str = "") -> ConfigDict:
     smoke = "smoke" if argument.endswith("smoke") else ""
     if not rest and "-" not in named and named:
         return protocol(named, smoke)
-    pair, method = _chosen(named or DEFAULT, rest or "kd")
+    pair, method = find_pair(named or DEFAULT), rest or "kd"
+    check_method(method)
+    pair = small(pair) if smoke else pair
     config = protocol(pair.student, smoke)
     config.teacher.architecture = pair.teacher
     config.teacher.weights = "random" if smoke else f"runs/cifar100/{pair.teacher}"
@@ -173,7 +179,7 @@ def protocol(student: str, argument: str = "") -> ConfigDict:
     config.optimizer.update(
         {
             "name": "sgd",
-            "learning_rate": 0.01 if student in _LIGHT else 0.05,
+            "learning_rate": learning_rate(student),
             "weight_decay": 5e-4,
             "milestones": (150, 180, 210),
         }
@@ -185,9 +191,28 @@ def protocol(student: str, argument: str = "") -> ConfigDict:
     return config
 
 
-def _chosen(pair: str, method: str) -> tuple[Pair, str]:
-    if pair not in PAIRS:
-        raise ValueError(f"no pair {pair!r} of CIFAR-100; there are {', '.join(PAIRS)}")
-    if method not in METHODS:
-        raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
-    return PAIRS[pair], method
+def learning_rate(student: str) -> float:
+    """Return the first learning rate of a network."""
+    return 0.01 if student in _LIGHT else 0.05
+
+
+def find_pair(name: str) -> Pair:
+    """Return a pair by its name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in PAIRS:
+        raise ValueError(f"no pair {name!r} of CIFAR-100; there are {', '.join(PAIRS)}")
+    return PAIRS[name]
+
+
+def small(pair: Pair) -> Pair:
+    """Return a pair as a miniature of one epoch and few images has it."""
+    return pair._replace(rise=1, negatives=8)
+
+
+def check_method(name: str) -> None:
+    """Raise a ValueError unless there is such a method."""
+    if name not in METHODS:
+        raise ValueError(f"no method {name!r}; there are {', '.join(METHODS)}")

@@ -41,7 +41,7 @@ NONE |= {"classes", "eval_resize", "grey_range", "processes", "sbd_root", "targe
 NONE |= {"mean", "std", "depth", "embed_dim", "position_grid", "stage_depth", "stem_width"}
 NONE |= {"crop_padding"}
 NOT_NONE = {"data.image_size", "probe.student_tap", "probe.teacher_tap"}
-NOT_NONE |= {f"losses.{loss}.{tap}" for loss in ("cc", "ickd", "pkt", "rkd", "sp") for tap in TAPS}
+NOT_NONE |= {f"losses.{loss}.{tap}" for loss in ("cc", "crd", "ickd", "pkt", "rkd", "sp") for tap in TAPS}
 # Where 0 means something.
 ZERO = {"seed", "steps_left_out", "checkpoint_minutes", "weight", "embedding_kernel", "weight_decay"}
 ZERO |= {
