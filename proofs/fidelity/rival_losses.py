@@ -233,7 +233,8 @@ def _entries(case: Case, shapes: Mapping[str, Any], prefix: str) -> dict[str, np
     }
 
 
-def _norm_paths(ours: str, theirs: str) -> dict[str, str]:
+def norm_paths(ours: str, theirs: str) -> dict[str, str]:
+    """Return our paths of a normalisation by its entries' names in PyTorch."""
     leaves = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
     return {f"{theirs}.{leaf}": f"{ours}.{name}" for leaf, name in leaves.items()}
 
@@ -250,16 +251,20 @@ def _fitnet(case: Case) -> Measured:
         rngs=nnx.Rngs(0),
     )
     entries = _entries(case, case["module"], f"{case['id']}/regress")
-    paths = {"conv.weight": "conv.kernel", "conv.bias": "conv.bias", **_norm_paths("norm", "bn")}
+    paths = {"conv.weight": "conv.kernel", "conv.bias": "conv.bias", **norm_paths("norm", "bn")}
     turned = isinstance(loss.conv, nnx.ConvTranspose)
-    if turned:  # which PyTorch keeps the other way round, in channels and in space
-        entries["conv.weight"] = np.swapaxes(entries["conv.weight"], 0, 1)[:, :, ::-1, ::-1]
+    if turned:
+        entries["conv.weight"] = turn(entries["conv.weight"])
     names = {name: path for name, path in paths.items() if name in case["grads"]}
     measured = _module(loss, entries, paths, {"student": student}, {"teacher": teacher}, names)
     if turned:
-        gradient = measured.gradients["conv.weight"]
-        measured.gradients["conv.weight"] = np.swapaxes(gradient, 0, 1)[:, :, ::-1, ::-1]
+        measured.gradients["conv.weight"] = turn(measured.gradients["conv.weight"])
     return measured
+
+
+def turn(kernel: np.ndarray) -> np.ndarray:
+    """Turn the kernel of a transposed convolution round, as PyTorch keeps it, or back."""
+    return np.swapaxes(kernel, 0, 1)[:, :, ::-1, ::-1]
 
 
 def _cc(case: Case) -> Measured:
@@ -324,7 +329,7 @@ def _ickd(case: Case) -> Measured:
     entries = _entries(case, case["shapes"], f"{case['id']}/embed_s")
     statistics = {"l2norm.running_mean": loss.embed.norm.mean, "l2norm.running_var": loss.embed.norm.var}
     entries = {name: np.asarray(value[...]) for name, value in statistics.items()} | entries
-    paths = {"conv2d.weight": "embed.conv.kernel", **_norm_paths("embed.norm", "l2norm")}
+    paths = {"conv2d.weight": "embed.conv.kernel", **norm_paths("embed.norm", "l2norm")}
     names = {name: path for name, path in paths.items() if name in case["grads"]}
     return _module(loss, entries, paths, {"student": student}, {"teacher": teacher}, names)
 
@@ -357,7 +362,7 @@ def _review(case: Case) -> Measured:
             "conv2": ("leave", "leave_norm"),
         }.items():
             paths[f"abfs.{i}.{inner}.0.weight"] = f"fusions.{i}.{conv}.kernel"
-            paths |= _norm_paths(f"fusions.{i}.{norm}", f"abfs.{i}.{inner}.1")
+            paths |= norm_paths(f"fusions.{i}.{norm}", f"abfs.{i}.{inner}.1")
         paths[f"abfs.{i}.att_conv.0.weight"] = f"fusions.{i}.gates.kernel"
         paths[f"abfs.{i}.att_conv.0.bias"] = f"fusions.{i}.gates.bias"
     wanted = {name: paths[name] for name in case["grads"] if name in paths}
@@ -394,7 +399,7 @@ def _tat(case: Case) -> Measured:
         path = f"{case['id']}/{which}/conv2d.weight"
         entries[f"{which}.conv2d.weight"] = draw_entry(path, case["shapes"][path])
         paths[f"{which}.conv2d.weight"] = f"{which}.conv.kernel"
-        paths |= _norm_paths(f"{which}.norm", f"{which}.l2norm")
+        paths |= norm_paths(f"{which}.norm", f"{which}.l2norm")
         entries |= _drawn_norm(case, which, embedding.norm)
     names = {name: path for name, path in paths.items() if name in case["grads"]}
     return _module(loss, entries, paths, {"student": student}, {"teacher": teacher}, names)

@@ -27,17 +27,24 @@ def steps(cases: Iterable[Case]) -> Iterator[Case]:
             yield case
 
 
-class _Given(CRD):
+class Given(CRD):
     """CRD whose negatives are not drawn."""
 
-    def give(self, negatives: np.ndarray) -> None:
-        """Set the negatives of the next batch."""
-        images = len(self.memory.student)
-        self.given = nnx.Variable(jnp.stack([jnp.bincount(row, length=images) for row in negatives]))
+    def give(self, negatives: Int[np.ndarray, "steps batch negatives"]) -> None:
+        """Set the negatives of the next batches."""
+        rows = len(self.memory.student)
+        self.given = nnx.Variable(
+            jnp.stack(
+                [jnp.stack([jnp.bincount(row, length=rows) for row in of_step]) for of_step in negatives]
+            )
+        )
+        self.step = nnx.Variable(jnp.zeros((), jnp.int32))
 
-    def negatives(self, labels: Int[Array, " batch"]) -> Int[Array, "batch images"]:
+    def negatives(self, labels: Int[Array, " batch"]) -> Int[Array, "batch rows"]:
         """Return what was given."""
-        return self.given[...]
+        step = self.step[...]
+        self.step[...] = step + 1
+        return self.given[...][step]
 
 
 def _crd(case: Case) -> Measured:
@@ -51,13 +58,13 @@ def _crd(case: Case) -> Measured:
     return measured._replace(parts=parts)
 
 
-def _built(case: Case) -> _Given:
+def _built(case: Case) -> Given:
     drawn = {path: draw_entry(path, shape) for path, shape in case["shapes"].items() if "embed" in path}
     entries = {path.removeprefix(f"{case['id']}/"): array for path, array in drawn.items()}
     ours, theirs = (entries[f"embed_{which}/linear.weight"].shape[1] for which in "st")
     hyper: Mapping[str, Any] = case["hyper"]
     images, features = hyper["n_data"], hyper["feat_dim"]
-    loss = _Given(
+    loss = Given(
         ours,
         theirs,
         np.arange(images),
@@ -77,7 +84,7 @@ def _built(case: Case) -> _Given:
     return loss
 
 
-def _measure(case: Case, loss: _Given, step: int) -> tuple[Measured, Memory]:
+def _measure(case: Case, loss: Given, step: int) -> tuple[Measured, Memory]:
     path, images = f"{case['id']}/step{step}", case["hyper"]["n_data"]
     shapes = [case["shapes"][f"{case['id']}/step{{0,1}}/{which}"] for which in ("student", "teacher")]
     student, teacher = (
@@ -86,7 +93,7 @@ def _measure(case: Case, loss: _Given, step: int) -> tuple[Measured, Memory]:
     )
     count = len(student)
     index = draw_integers(f"{path}/index", 0, images, count)
-    loss.give(draw_integers(f"{path}/negatives", 0, images, (count, case["hyper"]["K"])))
+    loss.give(draw_integers(f"{path}/negatives", 0, images, (1, count, case["hyper"]["K"])))
     batch = Batch(np.zeros((count, 1, 1, 3), np.uint8), index, np.ones(count, bool), index)
     graph = nnx.graphdef(loss)
     params, rest = nnx.state(loss, nnx.Param, ...)

@@ -92,6 +92,10 @@ def _of_figures(recorded: Mapping[str, Any], shapes: Mapping[str, Any]) -> Itera
     seen, told = nnx.jit(lambda view: view(images))(view), recorded["eval"]
     assert seen.logits is not None
     yield claim("logits", relative_error(np.ravel(seen.logits)[:8], told["logits_first8"]))
+    yield claim("all logits", largest_relative_error(norm_and_sum(np.asarray(seen.logits)), told["logits"]))
+    expected = [tuple(tap["shape"]) for tap in told["taps"]]
+    wrong = [tap.shape for tap in taps_of(seen, preact=False)] != expected
+    yield claim("shapes of taps", float(wrong))
     for kind, preact in (("taps", False), ("preact_taps", True)):
         found = [norm_and_sum(tap) for tap in taps_of(seen, preact=preact)]
         there = [tap["norm_sum"] if isinstance(tap, Mapping) else tap for tap in told[kind]]
@@ -111,10 +115,27 @@ def _of_figures(recorded: Mapping[str, Any], shapes: Mapping[str, Any]) -> Itera
     yield claim("logits in training", relative_error(np.ravel(seen.logits)[:8], told["logits_first8"]))
     found = [norm_and_sum(tap) for tap in taps_of(seen, preact=False)]
     yield claim("taps in training", largest_relative_error(np.ravel(found), np.ravel(told["taps"])))
+    logits = norm_and_sum(np.asarray(seen.logits))
+    yield claim("all logits in training", largest_relative_error(logits, told["logits"]))
     norm = norm_of_all(map(np.asarray, jax.tree.leaves(gradients)))
     yield claim("norm of the gradient", relative_error(norm, told["grad_norm_all"]))
+    first = np.asarray(_first_kernel(name, shapes, gradients))
+    norm = float(np.linalg.norm(first))
+    yield claim("norm of the first kernel's gradient", relative_error(norm, told["grad_first_conv_norm"]))
     for kind in ("mean", "var"):
         after = nnx.merge(graph, params, nnx.merge_state(rest, statistics))
         norms = [module for _, module in nnx.iter_modules(after) if isinstance(module, BatchNorm)]
         norm = norm_of_all(np.asarray(getattr(module, kind)[...]) for module in norms)
         yield claim(f"running {kind}", relative_error(norm, told[f"running_{kind}_norm_after"]))
+
+
+def _first_kernel(name: str, shapes: Mapping[str, Any], gradients: nnx.State) -> jax.Array:
+    """Return of gradients that of the kernel which is the first among RepDistiller's entries."""
+    first = next(key for key, shape in shapes.items() if len(shape) == 4)
+    leaves = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(gradients)}
+    (found,) = [
+        leaf
+        for path, leaf in leaves.items()
+        if torch_names(path.removeprefix("network."), ours(name))[0] == first
+    ]
+    return found.get_value()
