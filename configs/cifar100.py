@@ -30,6 +30,7 @@ class Pair(NamedTuple):
         negatives: of CRD, for each image.
         dkd: β of DKD.
         review: the weight of ReviewKD.
+        catkd: weight, resolution and normalisation of CAT-KD.
         kd_standardized: temperature and weight of KD of standardised logits.
         dkd_standardized: temperature, weight and β of DKD of standardised logits.
     """
@@ -40,6 +41,7 @@ class Pair(NamedTuple):
     negatives: int = 16_384
     dkd: float = 8.0
     review: float = 5.0
+    catkd: tuple[float, int, bool] = (15.0, 2, False)
     kd_standardized: tuple[float, float] = (2.0, 9.0)
     dkd_standardized: tuple[float, float, float] = (2.0, 9.0, 8.0)
 
@@ -50,30 +52,43 @@ class Pair(NamedTuple):
 
 
 _PAIRS = (
-    Pair("wrn_40_2", "wrn_16_2", dkd=6.0, dkd_standardized=(2.0, 12.0, 2.0)),
-    Pair("wrn_40_2", "wrn_40_1", dkd=6.0, dkd_standardized=(2.0, 12.0, 2.0)),
-    Pair("resnet56", "resnet20", dkd=2.0, review=0.6, dkd_standardized=(3.0, 18.0, 2.0)),
+    Pair("wrn_40_2", "wrn_16_2", dkd=6.0, catkd=(12.0, 2, False), dkd_standardized=(2.0, 12.0, 2.0)),
+    Pair("wrn_40_2", "wrn_40_1", dkd=6.0, catkd=(1.5, 2, False), dkd_standardized=(2.0, 12.0, 2.0)),
+    Pair(
+        "resnet56", "resnet20", dkd=2.0, review=0.6, catkd=(0.7, 2, False), dkd_standardized=(3.0, 18.0, 2.0)
+    ),
     Pair("resnet110", "resnet20", dkd=2.0, kd_standardized=(4.0, 12.0), dkd_standardized=(2.0, 15.0, 2.0)),
-    Pair("resnet110", "resnet32", dkd=2.0, review=1.0, dkd_standardized=(2.0, 15.0, 2.0)),
+    Pair(
+        "resnet110", "resnet32", dkd=2.0, review=1.0, catkd=(1.8, 2, False), dkd_standardized=(2.0, 15.0, 2.0)
+    ),
     Pair("resnet32x4", "resnet8x4"),
-    Pair("vgg13", "vgg8", dkd=6.0, kd_standardized=(3.0, 9.0), dkd_standardized=(2.0, 15.0, 2.0)),
+    Pair(
+        "vgg13",
+        "vgg8",
+        dkd=6.0,
+        catkd=(4.5, 2, False),
+        kd_standardized=(3.0, 9.0),
+        dkd_standardized=(2.0, 15.0, 2.0),
+    ),
     Pair(
         "vgg13",
         "cifar_mobilenet_v2",
         dkd=6.0,
+        catkd=(15.0, 2, True),
         kd_standardized=(3.0, 9.0),
         dkd_standardized=(3.0, 9.0, 2.0),
     ),
     Pair(
         "cifar_resnet50",
         "cifar_mobilenet_v2",
+        catkd=(40.0, 2, True),
         kd_standardized=(3.0, 1.0),
         dkd_standardized=(2.0, 15.0, 2.0),
     ),
     Pair("cifar_resnet50", "vgg8"),
-    Pair("resnet32x4", "shufflenet_v1"),
-    Pair("resnet32x4", "shufflenet_v2", review=8.0),
-    Pair("wrn_40_2", "shufflenet_v1"),
+    Pair("resnet32x4", "shufflenet_v1", catkd=(600.0, 4, True)),
+    Pair("resnet32x4", "shufflenet_v2", review=8.0, catkd=(600.0, 4, True)),
+    Pair("wrn_40_2", "shufflenet_v1", catkd=(80.0, 4, True)),
 )
 DEFAULT = "resnet32x4-resnet8x4"
 PAIRS: Mapping[str, Pair] = {pair.name: pair for pair in _PAIRS}
@@ -126,6 +141,16 @@ def _tat(pair: Pair) -> dict[str, Any]:
     return {"tat": {"last": {"weight": 1.0, "asks": asks, **_last(pair)}}}
 
 
+def _catkd(pair: Pair) -> dict[str, Any]:
+    weight, resolution, normalize = pair.catkd
+    return {"catkd": {"weight": weight, "resolution": resolution, "normalize": normalize}}
+
+
+def _simkd(pair: Pair) -> dict[str, Any]:
+    last = {"teacher_tap": _stages(pair.teacher)[-1]}
+    return {"cross_entropy": {"weight": 0.0}, "simkd": {"weight": 1.0, **last}}
+
+
 # What differs of the losses from cross-entropy alone.
 METHODS: Mapping[str, Callable[[Pair], dict[str, Any]]] = {
     "kd": lambda pair: {"cross_entropy": {"weight": 0.1}, "kd": {"weight": 0.9, "temperature": 4.0}},
@@ -144,7 +169,16 @@ METHODS: Mapping[str, Callable[[Pair], dict[str, Any]]] = {
     "kd_standardized": _kd_standardized,
     "dkd_standardized": _dkd_standardized,
     "ickd": lambda pair: {"ickd": {"weight": 2.5, **_last(pair)}},
+    "simkd": _simkd,
+    "catkd": _catkd,
     "tat": _tat,
+}
+# Channels of the teachers' last maps.
+_CHANNELS = {"wrn_40_2": 128, "resnet32x4": 256, "vgg13": 512, "cifar_resnet50": 2048}
+# What differs of the student: methods that give it another head.
+STUDENTS: Mapping[str, Callable[[Pair], dict[str, Any]]] = {
+    "simkd": lambda pair: {"projected": _CHANNELS.get(pair.teacher, 64)},
+    "catkd": lambda pair: {"head_bias": False},
 }
 
 
@@ -164,8 +198,14 @@ def get_config(argument: str = "") -> ConfigDict:
     config = protocol(pair.student, smoke)
     config.teacher.architecture = pair.teacher
     config.teacher.weights = "random" if smoke else f"runs/cifar100/{pair.teacher}"
+    config.student.update(student_of(pair, method))
     base.update_losses(config, METHODS[method](pair))
     return config
+
+
+def student_of(pair: Pair, method: str) -> dict[str, Any]:
+    """Return the fields of the student of a pair as a method has it."""
+    return {"architecture": pair.student, **STUDENTS.get(method, lambda pair: {})(pair)}
 
 
 def protocol(student: str, argument: str = "") -> ConfigDict:

@@ -12,8 +12,8 @@ for the teacher, thirteen methods with the weights that are published for ResNet
 methods compare under it, and nothing of the published table.
 
 Published figures are RepDistiller's (of the last epoch) for methods up to CRD; those of ICKD's README without
-KL, whose epoch is not told and counts as the last; DKD's own and, for ReviewKD and standardised logits, those
-of logit standardisation's paper, all of the best epoch by the test set.
+KL, whose epoch is not told and counts as the last; DKD's own and, for all others, those
+of logit standardisation's paper, both of the best epoch by the test set.
 """
 
 from collections.abc import Mapping
@@ -60,6 +60,8 @@ _LAST: Mapping[str, tuple[float | None, ...]] = {
 _BEST: Mapping[str, tuple[float | None, ...]] = {
     "review": (76.12, 75.09, 71.89, 71.34, 73.89, 75.63, 74.84, 70.37, 69.89, None, None, 77.78, None),
     "dkd": (76.24, 74.81, 71.97, 71.06, 74.11, 76.32, 74.68, 69.71, 70.35, None, 76.45, 77.07, 76.70),
+    "simkd": (75.53, 74.53, 71.05, 71.06, 73.92, 78.08, 74.89, 69.44, 69.97, None, None, 78.39, None),
+    "catkd": (75.60, 74.82, 71.62, 71.37, 73.62, 76.91, 74.65, 69.13, 71.36, None, None, 78.41, None),
     "kd_standardized": (
         76.11,
         74.37,

@@ -30,6 +30,7 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "dist": {"dist": {"weight": 2.0, "temperature": 1.0}},
     "nkd": {"nkd": {"weight": 1.0, "gamma": 1.5, "temperature": 1.0}},
     "review": {"review": {"weight": 1.0, **_REVIEWED}},
+    "catkd": {"catkd": {"weight": 0.5, "resolution": 4}},
     "at": {"at": {"weight": 1000.0, **_EVERY}},
     "ickd": {"ickd": {"weight": 2.5, **_LAST, "divide_by_batch": True}},
 }

@@ -88,6 +88,7 @@ def build(
     learner = build_student(config, num_classes, student)
     master = build_teacher(config, num_classes, teacher, terms)
     _check_logits(terms, master, num_classes, classes)
+    _prepare(terms, learner, master)
     distillation = Distillation(learner.view, _build_losses(config, terms, learner, master, labels))
     learning_rate = optim.learning_rate(config.optimizer, steps_per_epoch, config.epochs)
     optimizer = optim.optimizer(config.optimizer, learning_rate, nnx.state(distillation, nnx.Param))
@@ -313,6 +314,14 @@ def _build_losses(
         except ValueError as error:
             raise ValueError(f"{term.name}: {error}") from None
     return built
+
+
+def _prepare(terms: Sequence[Term], student: Network, teacher: Network | None) -> None:
+    for term in terms:
+        try:
+            term.loss.prepare(student, teacher)
+        except ValueError as error:
+            raise ValueError(f"{term.name}: {error}") from None
 
 
 def _labels_for(term: Term, labels: Labels | None) -> dict[str, Any]:

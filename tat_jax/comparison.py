@@ -78,7 +78,8 @@ class Line(NamedTuple):
         method: its name, and that of its `control`.
         runs: the rows of each seed.
         cells: by measure and epoch.
-        loss_parameters: how many are trained that are not the student's.
+        student_parameters: how many of the student are trained.
+        loss_parameters: how many are trained besides.
         milliseconds: of a step, the median over the rows of a log and then over the seeds.
         step_memory: bytes of the step's arguments and temporaries on a device.
         hours: of the steps of all seeds, without evaluations.
@@ -89,6 +90,7 @@ class Line(NamedTuple):
     control: str
     runs: Sequence[Rows]
     cells: Mapping[tuple[str, str], Cell]
+    student_parameters: int | None
     loss_parameters: int | None
     milliseconds: float | None
     step_memory: int | None
@@ -243,16 +245,19 @@ def _standing(
     return difference, bool(wins)
 
 
-def _costs(method: Method) -> tuple[int | None, float | None, int | None, float | None]:
+def _costs(method: Method) -> tuple[int | None, int | None, float | None, int | None, float | None]:
     def known(values: Sequence[Any]) -> list[Any]:
         return [value for value in values if value is not None]
 
-    parameters = known([run.costs.get("loss_parameters") for run in method.runs])
+    of_student, of_losses = (
+        known([run.costs.get(f"{part}_parameters") for run in method.runs]) for part in ("student", "loss")
+    )
     times = known([milliseconds(run) for run in method.runs])
     memory = known([run.costs.get("step_memory") for run in method.runs])
     spent = known([hours(run) for run in method.runs])
     return (
-        max(parameters, default=None),
+        max(of_student, default=None),
+        max(of_losses, default=None),
         float(np.median(times)) if times else None,
         max(memory, default=None),
         sum(spent) if len(spent) == len(method.runs) else None,

@@ -1,4 +1,4 @@
-"""What a run costs, beside its folder's log: the parameters of its losses, and the memory of a step."""
+"""What a run costs, beside its folder's log: the parameters that are trained, and the memory of a step."""
 
 import json
 from collections.abc import Mapping
@@ -13,9 +13,12 @@ from tat_jax.distill import TrainState
 _NAME = "costs.json"
 
 
-def loss_parameters(state: TrainState) -> int:
-    """Return how many parameters are trained that are not the student's."""
-    return sum(leaf.size for leaf in jax.tree.leaves(state.params.get("losses", {})))
+def parameters(state: TrainState) -> dict[str, int]:
+    """Return how many parameters are trained: the student's, and what the losses have besides."""
+    return {
+        f"{part}_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params.get(of, {})))
+        for part, of in (("student", "student"), ("loss", "losses"))
+    }
 
 
 def note(folder: Path, **known: int | None) -> None:
@@ -25,6 +28,6 @@ def note(folder: Path, **known: int | None) -> None:
 
 
 def read(folder: Path) -> Mapping[str, Any]:
-    """Return the `loss_parameters` of a run and the `step_memory` in bytes of a device, as far as known."""
+    """Return the `parameters` of a run and the `step_memory` in bytes of a device, as far as known."""
     path = folder / _NAME
     return json.loads(path.read_text()) if path.exists() else {}

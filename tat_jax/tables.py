@@ -11,6 +11,7 @@ from tat_jax.comparison import Cell, Comparison, Estimate, Line, columns_of
 from tat_jax.tasks.task import Task
 
 _NOTHING = "–"
+_COSTS = ("student_parameters", "loss_parameters", "milliseconds", "step_memory", "hours")
 
 
 def text(comparison: Comparison) -> str:
@@ -44,7 +45,7 @@ def markdown(comparison: Comparison) -> str:
     task, columns = comparison.task, comparison.columns
     heads = ["", *(_title(task, *column) for column in columns)]
     heads += [f"Δ {epoch}" for measure, epoch in columns if _is_compared(task, measure, epoch)]
-    heads += ["n", "parameters of the losses", "ms a step", "MiB a step", "hours"]
+    heads += ["n", "parameters", "of the losses", "ms a step", "MiB a step", "hours"]
     has_published = any(line.published for line in comparison.lines)
     rows = [heads + ["published"] * has_published]
     rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
@@ -112,7 +113,7 @@ def _of_cell(cell: Cell) -> dict[str, Any]:
 
 
 def _costs_of(line: Line) -> dict[str, Any]:
-    return {name: getattr(line, name) for name in ("loss_parameters", "milliseconds", "step_memory", "hours")}
+    return {name: getattr(line, name) for name in _COSTS}
 
 
 def _records(comparison: Comparison) -> list[dict[str, Any]]:
@@ -178,7 +179,13 @@ def _difference(line: Line, column: tuple[str, str]) -> str:
 
 def _costs(line: Line) -> list[str]:
     memory = None if line.step_memory is None else line.step_memory / 2**20
-    shown = (line.loss_parameters, ",d"), (line.milliseconds, ",.1f"), (memory, ",.0f"), (line.hours, ",.2f")
+    shown = (
+        (line.student_parameters, ",d"),
+        (line.loss_parameters, ",d"),
+        (line.milliseconds, ",.1f"),
+        (memory, ",.0f"),
+        (line.hours, ",.2f"),
+    )
     return [_NOTHING if value is None else f"{value:{form}}" for value, form in shown]
 
 
@@ -196,6 +203,7 @@ def _notes(comparison: Comparison) -> str:
             f"Δ is the mean difference, by seed, to the control ({controls}), {spread}.",
             "Bold is the highest where such intervals of its differences to the control and to the second",
             "highest both exclude 0.",
+            "Parameters are those that are trained of the student, and of the losses besides.",
             "A teacher's measure is that of the weights that teach.",
             "The best epoch is chosen by the images that measure it, unless the column says otherwise.",
             "Hours are those of the steps of all seeds, without evaluations; the memory of a step is that of",

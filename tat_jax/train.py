@@ -134,7 +134,7 @@ class _Training:
                 run_folder.write_config(config, folder, self._position.step, changed=bool(of_config))
             if self._show:
                 (folder / "usage.json").write_bytes(as_json(self._usage))
-                costs.note(folder, loss_parameters=costs.loss_parameters(self._built.state))
+                costs.note(folder, **costs.parameters(self._built.state))
                 print(self._summary(restored, of_config + of_parts), flush=True)
                 pictures.draw_images(self._data, self._eval_data, folder / "images.png")
             of_networks = self._built.recipe, self._built.teacher

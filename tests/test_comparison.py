@@ -128,7 +128,7 @@ def test_the_step_s_time_leaves_out_the_row_in_which_it_is_compiled_and_hours_do
 @pytest.fixture
 def study():
     """Return a comparison of three methods with all that one may have."""
-    costs = {"loss_parameters": 1234, "step_memory": 3 * 2**20}
+    costs = {"student_parameters": 83_892, "loss_parameters": 1234, "step_memory": 3 * 2**20}
     rows = [rows_of(60.0, 72.0, value, ema_top1=(50.0, 60.0, 70.0)) for value in OTHER]
     return compared(
         method("alone", CONTROL),
@@ -153,7 +153,7 @@ def test_the_tables_in_text_markdown_csv_and_json_agree(study):
         for field in ("mean", "standard_deviation", "difference", "difference_low", "difference_high"):
             assert (float(record[field]) if record[field] else None) == of_cell[field]
         assert [float(record[f"seed{seed}"]) for seed in said["seeds"]] == of_cell["seeds"]
-        for field in ("loss_parameters", "milliseconds", "step_memory", "hours"):
+        for field in ("student_parameters", "loss_parameters", "milliseconds", "step_memory", "hours"):
             assert (float(record[field]) if record[field] else None) == of_method[field]
         assert record["published"] == ("73.33" if name == "a | b" else "")
     table = [row for row in tables.markdown(study).splitlines() if row.startswith("|")]
@@ -166,10 +166,10 @@ def test_the_tables_in_text_markdown_csv_and_json_agree(study):
     difference, low, high = (last[f"difference{end}"] for end in ("", "_low", "_high"))
     assert f"| {difference:+.2f} [{low:+.2f}, {high:+.2f}] |" in kd
     assert kd.startswith(f"| a \\| b | **{last['mean']:.2f} ± {last['standard_deviation']:.2f}** |")
-    assert kd.endswith("| 3 | 1,234 | 104.2 | 3 | 0.00 | 73.33 (best) |")
+    assert kd.endswith("| 3 | 83,892 | 1,234 | 104.2 | 3 | 0.00 | 73.33 (best) |")
     assert "| control | control |" in control
     assert average.startswith("| a \\| b, EMA | 70.00 ± 0.00 |")
-    assert average.endswith("| 3 | – | – | – | – |  |")  # its costs are those of the line above
+    assert average.endswith("| 3 | – | – | – | – | – |  |")  # its costs are those of the line above
     for values in (CONTROL, last["seeds"], [75.0]):
         assert f"{np.mean(values):.2f}" in tables.text(study)
 

@@ -21,7 +21,7 @@ from proofs.fidelity.recorded_inputs import (
 from proofs.rounding import largest_relative_error, relative_error
 from tat_jax import losses
 from tat_jax.batch import Batch
-from tat_jax.losses.adapt import Embedding
+from tat_jax.losses.adapt import Embedding, pool
 from tat_jax.losses.correlation_congruence import CorrelationCongruence
 from tat_jax.losses.ickd import ICKD
 from tat_jax.losses.loss import Loss
@@ -29,6 +29,7 @@ from tat_jax.losses.maps import FitNet
 from tat_jax.losses.review import Level, Review
 from tat_jax.losses.tat import TargetAwareTransformer
 from tat_jax.losses.vid import VID
+from tat_jax.networks.heads import Projector
 from tat_jax.networks.layers import BatchNorm
 from tat_jax.networks.view import Outputs
 from tat_jax.weights import store
@@ -415,6 +416,38 @@ def _drawn_norm(case: Case, which: str, norm: BatchNorm) -> dict[str, np.ndarray
     return entries | {f"{which}.l2norm.{n}": np.asarray(value[...]) for n, value in statistics.items()}
 
 
+def _catkd(case: Case) -> Measured:
+    teacher, hyper = _input(case, "teacher"), case["hyper"]
+    return _function(case, lambda s: losses.class_attention(s, teacher, **hyper), _input(case, "student"))
+
+
+def _simkd(case: Case) -> Measured:
+    student, target = _input(case, "student"), jax.nn.relu(_input(case, "teacher"))
+    grid = min(student.shape[1:3], target.shape[1:3])
+    projector = Projector(student.shape[-1], target.shape[-1], dtype=jnp.float64, rngs=nnx.Rngs(0))
+    entries, paths = _entries(case, case["module"], f"{case['id']}/simkd"), {}
+    for i in range(3):
+        paths[f"transfer.{3 * i}.weight"] = f"convs.{i}.kernel"
+        paths |= norm_paths(f"norms.{i}", f"transfer.{3 * i + 1}")
+    weights = {paths[name]: to_ours(paths[name], array) for name, array in entries.items()}
+    store.set_weights(projector, weights, source="the recorded module")
+    graph = nnx.graphdef(projector)
+    params, rest = nnx.state(projector, nnx.Param, ...)
+
+    def value(params: nnx.State, student: jax.Array) -> jax.Array:
+        module = nnx.merge(graph, params, rest, copy=True)
+        projected = module(pool(student, grid), train=True)
+        return jnp.mean((projected - pool(target, grid)) ** 2)
+
+    found, by = jax.value_and_grad(value, argnums=(0, 1))(params, student)
+    leaves = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(by[0])}
+    gradients = {"student": channels_first(np.asarray(by[1]))}
+    for name in case["grads"]:
+        if name in paths:
+            gradients[name] = np.asarray(to_torch(paths[name], np.asarray(leaves[paths[name]].get_value())))
+    return Measured(float(found), {}, gradients)
+
+
 METHODS: Methods = {
     "KD": _kd,
     "LSKD+KD": _standardized,
@@ -432,4 +465,6 @@ METHODS: Methods = {
     "ICKD-C": _ickd,
     "ReviewKD": _review,
     "TaT": _tat,
+    "CAT-KD": _catkd,
+    "SimKD": _simkd,
 }

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from tat_jax.batch import Batch
 from tat_jax.fields import Field, Fields, Rule
 from tat_jax.losses.attention_transfer import attention_transfer
+from tat_jax.losses.class_attention import class_attention
 from tat_jax.losses.crd import crd
 from tat_jax.losses.dist import dist
 from tat_jax.losses.dkd import dkd
@@ -42,6 +43,7 @@ __all__ = [
     "Term",
     "anchor_loss",
     "attention_transfer",
+    "class_attention",
     "crd",
     "cross_entropy",
     "dist",

@@ -50,6 +50,14 @@ class Loss(nnx.Module):
     needs_logits: ClassVar[bool] = False
 
     @classmethod
+    def prepare(cls, student: Any, teacher: Any) -> None:
+        """Change the student, a `Network`, before it is trained; few losses do.
+
+        Raises:
+            ValueError: the two networks do not fit.
+        """
+
+    @classmethod
     def build(
         cls,
         student: OutputShapes,

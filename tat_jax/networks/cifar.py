@@ -2,12 +2,14 @@
 
 They are those of RepDistiller (https://github.com/HobbitLong/RepDistiller), under whose names they convert,
 and of mdistiller. Their taps are what it calls features: `stem`, the maps `stage1` …, `stage1_preact` … the
-same before the last activation, and `pooled`, the vectors that the head reads.
+same before the last activation, `class_maps`, what each position adds to the logits, and `pooled`, the
+vectors that the head reads; of one with SimKD's projector `projected`, too.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import reduce
@@ -16,6 +18,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from tat_jax.batch import Where
 from tat_jax.networks.architecture import Architecture
+from tat_jax.networks.heads import OPTIONS, Projector, class_maps, freeze
 from tat_jax.networks.layers import at_least_float32, torch_uniform, uniform
 from tat_jax.networks.taps import show
 
@@ -36,6 +39,7 @@ class CifarNetwork(nnx.Module):
 
     fc: nnx.Linear | None
     dtype: jnp.dtype
+    projector: Projector | None = None
 
     def _add_head(
         self,
@@ -62,6 +66,22 @@ class CifarNetwork(nnx.Module):
             if num_classes
             else None
         )
+
+    def change_head(
+        self, *, projected: int | None, head_bias: bool, bn_group: int | None, rngs: nnx.Rngs
+    ) -> None:
+        """Change the head that there is to the one that `heads.OPTIONS` describe."""
+        if self.fc is None:
+            return
+        if projected:
+            images = jax.ShapeDtypeStruct((1, 32, 32, 3), self.dtype)
+            taps = nnx.eval_shape(lambda x: self.maps(x, train=False, where=None)[1], images)
+            channels, classes = taps[_last_stage(taps)].shape[-1], self.fc.out_features
+            self.projector = Projector(channels, projected, dtype=self.dtype, bn_group=bn_group, rngs=rngs)
+            self._add_head(projected, classes, dtype=self.dtype, rngs=rngs)
+            freeze(self.fc)
+        if not head_bias:
+            self.fc.use_bias, self.fc.bias = False, None
 
     def _by_sums(
         self, x: Maps, stages: Iterable[Iterable[Any]], *, train: bool, where: Where | None
@@ -90,13 +110,21 @@ class CifarNetwork(nnx.Module):
             where: the images that count in batch statistics; None is all.
         """
         last, taps = self.maps(images.astype(self.dtype), train=train, where=where)
+        if self.projector is not None:
+            last = taps["projected"] = self.projector(taps[_last_stage(taps)], train=train, where=where)
+        if self.fc is not None:
+            taps["class_maps"] = class_maps(last, self.fc)
         pooled = reduce(last.astype(at_least_float32(last.dtype)), "b h w c -> b c", "mean")
         show(self, **taps, pooled=pooled)
         return None if self.fc is None else self.fc(pooled.astype(self.dtype))
 
 
+def _last_stage(names: Iterable[str]) -> str:
+    return max(name for name in names if name.startswith("stage") and name[5:].isdigit())
+
+
 def architecture(
-    build: Callable[..., nnx.Module],
+    build: Callable[..., CifarNetwork],
     *,
     head: str = "fc",
     torch_modules: Callable[[str], str] = lambda path: path,
@@ -109,6 +137,19 @@ def architecture(
         torch_modules: returns what it calls the module at any other path of ours.
     """
 
+    def built(
+        *,
+        projected: int | None = None,
+        head_bias: bool = True,
+        bn_group: int | None = None,
+        **of_network: Any,
+    ) -> nnx.Module:
+        network = build(bn_group=bn_group, **of_network)
+        network.change_head(
+            projected=projected, head_bias=head_bias, bn_group=bn_group, rngs=of_network["rngs"]
+        )
+        return network
+
     def in_torch(path: str) -> tuple[str]:
         return (head if path == "fc" else torch_modules(path),)
 
@@ -117,9 +158,9 @@ def architecture(
         return {"num_classes": len(weight) if weight is not None and weight.ndim == 2 else CLASSES}
 
     return Architecture(
-        build=build,
+        build=built,
         head="fc",
-        options={},
+        options=OPTIONS,
         read_arguments=read_arguments,
         torch_modules=in_torch,
         found_at="RepDistiller's and mdistiller's checkpoints, under the names of the former's networks",

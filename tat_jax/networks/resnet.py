@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float
 
 from tat_jax.fields import YES_OR_NO, Field, whole
 from tat_jax.networks.architecture import Architecture
+from tat_jax.networks.heads import class_maps
 from tat_jax.networks.layers import BatchNorm, ConvNorm, at_least_float32, conv, torch_uniform, uniform
 from tat_jax.networks.stem import StemConv, max_pool
 from tat_jax.networks.taps import show
@@ -202,7 +203,7 @@ class ResNet(nnx.Module):
         train: bool = False,
         where: Where | None = None,
     ) -> Float[Array, "batch classes"] | None:
-        """Return the logits of normalised images, and show what they are made of, the tap `pooled`.
+        """Return the logits of normalised images, and show what makes them, as `pooled` and `class_maps`.
 
         Args:
             images: normalised images.
@@ -211,8 +212,11 @@ class ResNet(nnx.Module):
         """
         x = self.stages(images, train=train, where=where)["layer4"]
         pooled = reduce(x.astype(at_least_float32(x.dtype)), "b h w c -> b c", "mean")
-        show(self, pooled=pooled)
-        return self.fc(pooled.astype(self.dtype)) if hasattr(self, "fc") else None
+        if not hasattr(self, "fc"):
+            show(self, pooled=pooled)
+            return None
+        show(self, pooled=pooled, class_maps=class_maps(x, self.fc))
+        return self.fc(pooled.astype(self.dtype))
 
     def stages(
         self, images: Float[Array, "batch height width 3"], *, train: bool, where: Where | None
