@@ -64,14 +64,22 @@ def compile_step(
     *,
     devices: int = 1,
     num_classes: int = 10,
+    images: int | None = None,
     options: dict[str, Any] | None = None,
 ) -> CompiledStep:
     """Compile the step of a config, on a batch of such rows, for the first so many devices.
 
-    `options` are XLA's, besides those of training.
+    `images` are those of a training set, where a loss remembers them; `options` are XLA's, besides those of
+    training.
     """
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    built = build(config, mesh, num_classes=num_classes, steps_per_epoch=1)
+    built = build(
+        config,
+        mesh,
+        num_classes=num_classes,
+        steps_per_epoch=1,
+        labels=None if images is None else lambda: np.arange(images) % num_classes,
+    )
     (batch,) = sharding.put_batches([rows], mesh)
     others = built.teacher, batch
     program = jit_train_step(built.recipe, mesh).lower(built.state, *others).compile(options)

@@ -1,4 +1,4 @@
-"""CIFAR's residual networks and three methods in PyTorch, written from the formulas.
+"""CIFAR's residual networks and four methods in PyTorch, written from the formulas.
 
 An independent reference: nothing here comes from `tat_jax` or from published code. The methods are modules,
 called with a `Seen` of the student and of the teacher and the labels; what they hold is trained.
@@ -91,6 +91,42 @@ class TaT(nn.Module):
         ours, theirs = functional.relu(student.sums[-1]), functional.relu(teacher.sums[-1])
         tat = tat_loss(self.query(ours), theirs, self.value(ours), theirs, 1)
         return functional.cross_entropy(student.logits, labels) + tat
+
+
+class CRD(nn.Module):
+    """CE and 0.8 · CRD of the pooled features, with so many negatives drawn anew for each image."""
+
+    temperature = 0.07
+
+    def __init__(self, student, teacher, images, negatives=16_384, features=128):
+        super().__init__()
+        self.images, self.negatives = images, negatives
+        self.embed = nn.ModuleList([nn.Linear(student, features), nn.Linear(teacher, features)])
+        bound = (features / 3) ** -0.5
+        self.memories = [torch.empty(images, features).uniform_(-bound, bound) for _ in range(2)]
+        self.scales: list[torch.Tensor] = []
+        self.index = torch.arange(0)  # of the images of a batch
+
+    def forward(self, student, teacher, labels):
+        made = [
+            functional.normalize(embed(x.pooled))
+            for embed, x in zip(self.embed, (student, teacher), strict=True)
+        ]
+        drawn = torch.randint(self.images, (len(labels), self.negatives))
+        chosen = torch.cat([self.index[:, None], drawn], 1)
+        noise, loss = self.negatives / self.images, functional.cross_entropy(student.logits, labels)
+        for i, (v, rows) in enumerate(zip(made, self.memories[::-1], strict=True)):
+            likeness = torch.exp(torch.einsum("bkd,bd->bk", rows[chosen], v) / self.temperature)
+            if i == len(self.scales):
+                self.scales.append(likeness.detach().mean() * self.images)
+            q = likeness / self.scales[i]
+            own = q[:, 0] / (q[:, 0] + noise + 1e-7)
+            others = noise / (q[:, 1:] + noise + 1e-7)
+            loss = loss - 0.8 * (own.log() + others.log().sum(1)).mean()
+        with torch.no_grad():
+            for v, rows in zip(made, self.memories, strict=True):
+                rows[self.index] = functional.normalize((rows[self.index] + v) / 2)
+        return loss
 
 
 class Fusion(nn.Module):

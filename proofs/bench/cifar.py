@@ -1,6 +1,6 @@
 """The training step on CIFAR-100, ours beside PyTorch's: for `bench.step`.
 
-resnet32x4 teaches resnet8x4 by the common protocol, batch 64, by KD, TaT and ReviewKD. Random weights,
+resnet32x4 teaches resnet8x4 by the common protocol, batch 64, by KD, TaT, CRD and ReviewKD. Random weights,
 float32, on a CPU.
 """
 
@@ -16,15 +16,17 @@ from proofs import torch_step
 from proofs.bench.sidebyside import Row, compare_times
 from proofs.compiled_step import compile_step
 from proofs.report import announce
-from proofs.torch_cifar import CLASSES, KD, Review, TaT, TorchCifarResNet
+from proofs.torch_cifar import CLASSES, CRD, KD, Review, TaT, TorchCifarResNet
 from tat_jax.batch import Batch
 from tat_jax.configs import cifar100
 
 PAIR = "resnet32x4-resnet8x4"
+IMAGES = 50_000  # that CRD remembers
 _WIDTHS = (32, 64, 128, 256)
 METHODS: Mapping[str, Callable[[], nn.Module]] = {
     "kd": KD,
     "tat": lambda: TaT(_WIDTHS[-1], _WIDTHS[-1]),
+    "crd": lambda: CRD(_WIDTHS[-1], _WIDTHS[-1], IMAGES),
     "review": lambda: Review(_WIDTHS[1:], _WIDTHS[1:]),
 }
 
@@ -43,9 +45,13 @@ def measure_one(method: str) -> Row:
     rng = np.random.default_rng(0)
     images = rng.normal(size=(config.batch_size, 32, 32, 3)).astype(np.float32)
     labels = rng.integers(0, CLASSES, config.batch_size).astype(np.int32)
-    batch = Batch(image=images, label=labels, where=np.ones(len(labels), bool))
-    ours = compile_step(config, batch, num_classes=CLASSES).repeated()
-    rival = pytorch_step(METHODS[method](), images, labels)
+    indices = rng.permutation(IMAGES)[: len(labels)].astype(np.int32)
+    batch = Batch(images, labels, np.ones(len(labels), bool), indices)
+    ours = compile_step(config, batch, num_classes=CLASSES, images=IMAGES).repeated()
+    method_in_torch = METHODS[method]()
+    if isinstance(method_in_torch, CRD):
+        method_in_torch.index = torch.from_numpy(indices).long()
+    rival = pytorch_step(method_in_torch, images, labels)
     return compare_times(name, ours, rival, bound=1.0, images=config.batch_size)
 
 

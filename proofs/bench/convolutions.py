@@ -1,9 +1,9 @@
 """Each kind of convolution of a network, forward and its two gradients: ours beside PyTorch's.
 
 `python -m proofs.bench.convolutions [NETWORK …] [--json FILE]`. ResNet-18 at 224², batch 16, what DeepLabV3+
-adds to it at 513², batch 2, and the depthwise ones of ConvNeXt-T and MobileNetV2 at 224², batch 8; else all.
-In float32 on a CPU, compiled as the training step is; PyTorch is channels-last. It tells where the step's
-time goes.
+adds to it at 513², batch 2, CIFAR's ResNet-32×4 at 32², batch 64, and the depthwise ones of ConvNeXt-T and
+MobileNetV2 at 224², batch 8; else all. In float32 on a CPU, compiled as the training step is; PyTorch is
+channels-last. It tells where the step's time goes.
 """
 
 from argparse import ArgumentParser
@@ -66,6 +66,15 @@ KINDS: Mapping[str, tuple[int, tuple[Convolution, ...]]] = {  # a batch, and wha
             Convolution(28, 128, 128, 3),
             Convolution(14, 256, 256, 3),
             Convolution(7, 512, 512, 3),
+        ),
+    ),
+    "resnet32x4": (
+        64,
+        (
+            Convolution(32, 3, 32, 3),
+            Convolution(32, 64, 64, 3),
+            Convolution(16, 128, 128, 3),
+            Convolution(8, 256, 256, 3),
         ),
     ),
     "deeplab": (
