@@ -2,8 +2,8 @@
 
 `python -m proofs.bench.growth [PART …] [--json FILE] [--plot FILE]`. The step of `configs/r18_r34.py` with
 random weights: by batch size, crop and classes on one device, and by number of simulated devices what they
-send each other, read from the compiled program. The TaT loss by positions. The step of `seg_voc_r18.py`, by
-crop and by loss.
+send each other, read from the compiled program. What eight send where a loss compares images with each other.
+The TaT loss by positions. The step of `seg_voc_r18.py`, by crop and by loss.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -69,6 +69,7 @@ PARTS: Mapping[str, Callable[[], Sequence[Any]]] = {
     "processes": scaling.processes,
     "weak": scaling.weak,
     "strong": scaling.strong,
+    "pairs": scaling.pairs,
     "batches": memory.by_batch,
     "crops": memory.by_crop,
     "classes": memory.by_classes,

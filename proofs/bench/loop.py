@@ -2,8 +2,8 @@
 
 `python -m proofs.bench.loop [--json FILE]`. ResNet-34 → 18 at 224² and the miniature, and CIFAR-100's
 ResNet-32×4 → 8×4 by KD, with random weights, on embedded digits. The bare step's batch is on the device, and
-its metrics are read one step late, as in training, which saves a checkpoint every 45 seconds: 20 times as often
-as by default.
+its metrics are read one step late, as in training, which saves a checkpoint every 45 seconds: 20 times as
+often as by default.
 """
 
 import contextlib

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from proofs.bench.full_size import full_size
@@ -20,10 +21,12 @@ from proofs.program import Layout, run_everywhere
 from proofs.report import announce
 from tat_jax import sharding
 from tat_jax.compiled import describe
-from tat_jax.configs import r18_r34
+from tat_jax.configs import cifar100, r18_r34
 
 DEVICES = (1, 2, 4, 8, 16)
 LAYOUTS = (Layout(1, 16), Layout(4, 4), Layout(8, 2))  # sixteen processes would take 15 GB
+# KD compares each image with itself.
+PAIR_METHODS = ("kd", "dist", "pkt", "rkd", "sp", "cc", "crd")
 ON_EACH, TOGETHER = 2, 32  # images, where each device has as many; and where all share as many
 
 
@@ -57,6 +60,19 @@ def processes() -> list[Mapping[str, Any]]:
         said = run_everywhere(layout, [sys.executable, "-m", "proofs.bench.scaling", str(ON_EACH)])
         found = {text.splitlines()[-1] for text in said}
         rows += [{"miniature on": str(layout), **json.loads(line)} for line in sorted(found)]
+    return rows
+
+
+def pairs() -> list[Mapping[str, Any]]:
+    """Read what eight devices send where a loss compares each image with those of all of them."""
+    rows: list[Mapping[str, Any]] = []
+    for method in PAIR_METHODS:
+        announce(f"{method} on 8 devices")
+        config = cifar100.get_config(f"resnet56-resnet20,{method}")
+        config.teacher.weights = "random"
+        blank = blank_rows(config)._replace(indices=np.arange(config.batch_size, dtype=np.int32))
+        step = compile_step(config, blank, devices=8, num_classes=100, images=50_000)
+        rows.append({"resnet56 → resnet20, batch 64, by": method, **_figures(step)})
     return rows
 
 

@@ -27,8 +27,36 @@ SEGMENTATION = Case(
 )
 
 
+# All losses at once that compare images with each other.
+PAIRS = Case(
+    "cifar100.py:resnet56-resnet20,crd,smoke",
+    (
+        "--config.data.labels_per_class=10",
+        "--config.student.architecture=resnet8",
+        "--config.teacher.architecture=resnet14",
+        "--config.losses.dist.weight=2",
+        "--config.losses.pkt.weight=30000",
+        "--config.losses.rkd.weight=1",
+        "--config.losses.sp.weight=3000",
+        "--config.losses.cc.weight=0.02",
+    ),
+)
+
+
 def claims() -> list[Claim]:
     """Compare the losses of seven steps on every layout with those on one device."""
+    return [*claims_of_pairs(), *claims_of_tat()]
+
+
+def claims_of_pairs() -> list[Claim]:
+    """Compare those where each image is compared with all others, in float64."""
+    layouts = Layout(1, 1), Layout(1, 8), Layout(2, 4)
+    name, bound = "DIST, PKT, RKD, SP, CC and CRD, float64", rounding.DOUBLE
+    return compare(layouts, "--config.dtype=float64", case=PAIRS, name=name, bound=bound)
+
+
+def claims_of_tat() -> list[Claim]:
+    """Compare those of TaT, in float32 and float64."""
     return [
         claim
         for groups, bn in (("the whole batch", ()), ("8 groups", ("--config.bn_group=2",)))
