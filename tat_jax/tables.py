@@ -44,7 +44,9 @@ def markdown(comparison: Comparison) -> str:
     """Return a table with the differences to the controls and the costs, and below it how to read it."""
     task, columns = comparison.task, comparison.columns
     heads = ["", *(_title(task, *column) for column in columns)]
-    heads += [f"Δ {epoch}" for measure, epoch in columns if _is_compared(task, measure, epoch)]
+    compared = [(measure, epoch) for measure, epoch in columns if epoch != "first"]
+    of_several = len({measure for measure, _ in compared}) > 1
+    heads += [f"Δ {_title(task, *column) if of_several else column[1]}" for column in compared]
     heads += ["n", "parameters", "of the losses", "ms a step", "MiB a step", "hours"]
     has_published = any(line.published for line in comparison.lines)
     rows = [heads + ["published"] * has_published]
@@ -54,11 +56,7 @@ def markdown(comparison: Comparison) -> str:
         rows.append([_escaped(name), *cells, *[""] * (len(rows[0]) - 1 - len(cells))])
     for line in comparison.lines:
         cells = [_shown(line.cells.get(column)) for column in columns]
-        cells += [
-            _difference(line, (measure, epoch))
-            for measure, epoch in columns
-            if _is_compared(task, measure, epoch)
-        ]
+        cells += [_difference(line, column) for column in compared]
         cells += [str(len(comparison.seeds)), *_costs(line)]
         rows.append([_escaped(line.method), *cells, *[_published(line)] * has_published])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -140,10 +138,6 @@ def _records(comparison: Comparison) -> list[dict[str, Any]]:
 
 def _number(value: float) -> float | None:
     return None if np.isnan(value) else value
-
-
-def _is_compared(task: Task, measure: str, epoch: str) -> bool:
-    return measure == task.best and epoch != "first"
 
 
 def _title(task: Task, measure: str, epoch: str) -> str:
