@@ -19,6 +19,7 @@ from tat_jax import (
     pictures,
     run_folder,
     tables,
+    together,
     train,
     variants,
 )
@@ -68,7 +69,7 @@ def run(config: ConfigDict, folder: str | Place) -> str:
             if place not in teachers:
                 _check_teacher(training, list(teachers))
     _keep_config(config, folder)
-    _train(trainings, folder)
+    _train(trainings, folder, config.study.get("seeds_at_once", 1))
     found = _compare(config, teachers, students, folder)
     if jax.process_index() == 0:
         with run_folder.in_turn(folder):
@@ -115,16 +116,18 @@ def _place(folder: Path, name: str, student: ConfigDict) -> Path:
     return folder / name / f"seed{student.seed}"
 
 
-def _train(trainings: Mapping[Path, ConfigDict], folder: Path) -> None:
-    """Train, or see trained by other processes, all of a study."""
+def _train(trainings: Mapping[Path, ConfigDict], folder: Path, at_once: int) -> None:
+    """Train, or see trained by other processes, all of a study, so many seeds of a student at once."""
     waiting, said = dict(trainings), ""
     while waiting:
         before = len(waiting)
         for place, training in trainings.items():
             teacher = Path(training.teacher.weights)
             is_ready = teacher not in waiting or not _reads_teacher(training)
-            if place in waiting and is_ready and _is_trained(training, place, folder):
-                del waiting[place]
+            if place in waiting and is_ready:
+                group = _free_seeds(waiting, place, folder)[:at_once]
+                if group and _are_trained({run: waiting[run] for run in group}, folder):
+                    waiting = {other: config for other, config in waiting.items() if other not in group}
         if len(waiting) == before:
             others = ", ".join(str(place.relative_to(folder)) for place in waiting)
             if jax.process_index() == 0 and said != others:
@@ -133,13 +136,22 @@ def _train(trainings: Mapping[Path, ConfigDict], folder: Path) -> None:
             time.sleep(_LOOK)
 
 
-def _is_trained(training: ConfigDict, place: Path, folder: Path) -> bool:
-    """Train what no other process is at work at, and return whether it is done."""
-    if _is_busy(place):
-        return False
+def _free_seeds(waiting: Mapping[Path, ConfigDict], place: Path, folder: Path) -> list[Path]:
+    """Return a run that waits, and of a student the later ones of other seeds, if nobody is at them."""
+    runs = list(waiting)
+    seeds = [run for run in runs[runs.index(place) :] if run.parent == place.parent]
+    return [run for run in (seeds if place.parent != folder else [place]) if not _is_busy(run)]
+
+
+def _are_trained(trainings: Mapping[Path, ConfigDict], folder: Path) -> bool:
+    """Train a run, or several seeds of a student at once, and return whether no other process was at one."""
+    (place, training), *others = trainings.items()
     with named(place.relative_to(folder)):
         try:
-            train.run(training, place)
+            if others:
+                together.run(training, {of_seed.seed: run for run, of_seed in trainings.items()})
+            else:
+                train.run(training, place)
         except BusyError:  # since this moment
             if jax.process_count() > 1:  # of which the first alone sees the lock
                 raise

@@ -1,6 +1,6 @@
 """A training in lines: what it is made of, where it begins, and what came of it, where it ends."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -8,11 +8,22 @@ from ml_collections import ConfigDict
 
 from tat_jax import experiment
 from tat_jax.build import Built
+from tat_jax.checkpoints import Restored
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.source import notes
 from tat_jax.evaluate import describe
 from tat_jax.quantities import count
 from tat_jax.tasks import task_of
+
+
+def opening(start: str, restored: Restored | None, differences: Sequence[str], *, is_done: bool) -> list[str]:
+    """Return how a run starts, and a line for each damaged checkpoint and for each thing that changed."""
+    return [
+        start,
+        *(f"  damaged  {line}" for line in (restored.set_aside if restored else ())),
+        *(f"  changed  {line}" for line in differences),
+        *(["           and nothing was trained with it"] if differences and is_done else []),
+    ]
 
 
 def summarize(config: ConfigDict, built: Built, data: Pipeline, eval_data: Pipeline, mesh: Mesh) -> list[str]:

@@ -1,34 +1,30 @@
 """One training run: from a config to a folder of checkpoints, metrics and a picture."""
 
 import contextlib
-import functools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tat_jax import costs, experiment, mirror, pictures, provenance, run_folder, sharding
 from tat_jax.batch import Batch
 from tat_jax.buckets import Place, place
-from tat_jax.build import Built, build
 from tat_jax.checkpoints import Restored, RunCheckpoints, read_provenance
-from tat_jax.data.held_out import SPLIT
-from tat_jax.data.pipeline import Pipeline, check_same, open_pipeline
-from tat_jax.data.source import all_labels, class_names, some
-from tat_jax.distill import TrainState, student_views
+from tat_jax.data.source import class_names, some
+from tat_jax.distill import Metrics, TrainState, student_views
 from tat_jax.evaluate import Evaluation, Stopped, open_evaluator
 from tat_jax.gallery import Gallery
 from tat_jax.losses import Own
 from tat_jax.metrics import MetricWriter, Row, StepLog, is_evaluation, last_and_best, progress, read_rows
 from tat_jax.networks import OwnNetwork
+from tat_jax.parts import Parts, open_parts
 from tat_jax.position import Position
 from tat_jax.signals import Interrupted, StopSignals
 from tat_jax.step import TrainStep, places_of
-from tat_jax.summary import summarize
+from tat_jax.summary import opening, summarize
 from tat_jax.usage import as_json, usage_of
 
 
@@ -65,24 +61,8 @@ def run(
         FloatingPointError: a loss term or the gradient is not finite, more often than `steps_left_out`.
         Interrupted: SIGINT or SIGTERM came.
     """
-    experiment.check(config)
-    mesh = sharding.make_mesh()
-    sharding.check_batch_size(config.batch_size, mesh)
-    splits = ["train", "val"] + [SPLIT] * (config.data.get("held_out_of_training") is not None)
-    data = [open_pipeline(config, split) for split in splits]
-    check_same(config, *data)
-    built = build(
-        config,
-        mesh,
-        num_classes=data[0].source.num_classes,
-        steps_per_epoch=data[0].steps_per_epoch,
-        classes=class_names(data[0].source),
-        student=student,
-        teacher=teacher,
-        losses=losses,
-        labels=functools.partial(all_labels, data[0].source),
-    )
-    with _Training(config, place(folder), mesh, built, *data) as training:
+    parts = open_parts(config, student=student, teacher=teacher, losses=losses)
+    with Training(config, place(folder), parts, StopSignals()) as training:
         while not training.is_done():
             for batch in training.batches():
                 training.take_step(batch)
@@ -92,21 +72,20 @@ def run(
         return training.finish()
 
 
-class _Training:
-    """A run at work, and all that it holds open."""
+class Training:
+    """A run at work, and all that it holds open.
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        place: Place,
-        mesh: Mesh,
-        built: Built,
-        data: Pipeline,
-        eval_data: Pipeline,
-        held_out: Pipeline | None = None,
-    ):
+    Args:
+        config: of the run.
+        place: where it lives.
+        parts: what the config says, opened.
+        signals: that stop it, and whichever else is at work with it.
+    """
+
+    def __init__(self, config: ConfigDict, place: Place, parts: Parts, signals: StopSignals):
+        mesh, built, data, eval_data, held_out = parts
         self._config, self._place, self._mesh, self._built = config, place, mesh, built
-        self._data, self._eval_data = data, eval_data
+        self._data, self._eval_data, self._signals = data, eval_data, signals
         self._show = jax.process_index() == 0
         self._evaluator = open_evaluator(config, eval_data, mesh, built, held_out)
         self._step_fn = TrainStep(built.recipe, mesh)
@@ -117,7 +96,7 @@ class _Training:
         self._usage = usage_of(config, built.student, source)
         self._open = contextlib.ExitStack()
 
-    def __enter__(self) -> "_Training":
+    def __enter__(self) -> "Training":
         """Lock the folder, and continue from its latest checkpoint if there is one."""
         config, place = self._config, self._place
         of_config = run_folder.changes(config, place, experiment.FIELDS)
@@ -125,7 +104,7 @@ class _Training:
             work = opened.enter_context(mirror.work_in(place))
             folder, self._folder, self._check_is_there = work.folder, work.folder, work.check
             self._checkpoints = opened.enter_context(RunCheckpoints(folder, is_shared=work.is_shared))
-            self._signals = opened.enter_context(StopSignals())
+            opened.enter_context(self._signals)
             for data in (self._data, self._eval_data, self._evaluator):
                 opened.callback(data.close)
             of_parts = provenance.changes(read_provenance(folder), self._provenance, place)
@@ -180,10 +159,10 @@ class _Training:
             there = f"{self._place} was trained on {restored.position['images']:,} images"
             raise ValueError(f"{there}, and data.root holds {images:,} now")
         state = restored.state if restored else self._built.state
-        self._state = sharding.resharded(state, places_of(state, self._mesh))
-        self._position = Position(
-            int(self._state.step), self._data.steps_per_epoch, images, self._config.batch_size
-        )
+        state = sharding.resharded(state, places_of(state, self._mesh))
+        self._read_state: Callable[[], TrainState] = lambda: state
+        step, steps_per_epoch = int(state.step), self._data.steps_per_epoch
+        self._position = Position(step, steps_per_epoch, images, self._config.batch_size)
         first = self._built.recipe.task.evaluates_first
         self._evaluated = restored.position["evaluated"] if restored else not first
         if restored and not restored.can_go_on and self._position.step < self._last_step:
@@ -195,6 +174,16 @@ class _Training:
 
     def _last_evaluation_is_logged(self) -> bool:
         return self._position.step in [row["step"] for row in read_rows(self._folder) if is_evaluation(row)]
+
+    @property
+    def state(self) -> TrainState:
+        """Return what is trained, as it is after the steps so far."""
+        return self._read_state()
+
+    @property
+    def step(self) -> int:
+        """Return how many steps are taken."""
+        return self._position.step
 
     @property
     def _last_step(self) -> int:
@@ -216,13 +205,22 @@ class _Training:
             yield from sharding.put_batches(rows, self._mesh)
 
     def take_step(self, batch: Batch) -> None:
-        """Take a step, and log the one before.
+        """Take a step, and log the one before; see `count_step`."""
+        with jax.transfer_guard("disallow"):  # all that a step needs is on the devices
+            state, metrics = self._step_fn(self.state, self._built.teacher, batch)
+        self.count_step(lambda: state, metrics)
+
+    def count_step(self, read_state: Callable[[], TrainState], metrics: Metrics) -> None:
+        """Go on from the state after a step, and log the step before.
+
+        Args:
+            read_state: returns that state, and is asked where it is evaluated, saved or trained further.
+            metrics: what the step measured.
 
         Raises:
-            FloatingPointError: a loss or the gradient of that one is not finite.
+            FloatingPointError: a loss or the gradient of the step before is not finite.
         """
-        with jax.transfer_guard("disallow"):  # all that a step needs is on the devices
-            self._state, metrics = self._step_fn(self._state, self._built.teacher, batch)
+        self._read_state = read_state
         self._signals.listen()
         before, self._position = self._position, self._position.after()
         self._log.add(metrics, before.step, images=self._position.images - before.images)
@@ -238,7 +236,7 @@ class _Training:
         """
         stop, overdue = self._wishes()
         if stop or (overdue and self._evaluated):
-            self._save()
+            self.save()
         if stop:
             raise self._interrupted(stop)
         self._checkpoints.check()
@@ -255,15 +253,15 @@ class _Training:
             found = {
                 name: self._evaluator(
                     *view,
-                    self._state,
+                    self.state,
                     show=self._show,
                     stop_signal=lambda: self._wishes()[0],
                 )
-                for name, view in student_views(self._built.recipe, self._state).items()
+                for name, view in student_views(self._built.recipe, self.state).items()
             }
             return found[""].with_ema(found["ema"]) if "ema" in found else found[""]
         except Stopped as stopped:
-            self._save()
+            self.save()
             raise self._interrupted(*stopped.args) from None
 
     def log_and_save(self, evaluation: Evaluation) -> None:
@@ -276,9 +274,9 @@ class _Training:
             self._bar.write(f"{self._place.name}: epoch {epoch}/{self._config.epochs}  {evaluation}")
             if skipped:
                 self._bar.write(f"  {skipped} unreadable training images skipped")
-        self._save(evaluation.measures)
+        self.save(evaluation.measures)
         # After the save, which a picture that cannot be drawn must not cost.
-        self._gallery.draw(*student_views(self._built.recipe, self._state)[""])
+        self._gallery.draw(*student_views(self._built.recipe, self.state)[""])
         if self.is_done():
             self._gallery.draw_confusion(evaluation)
 
@@ -298,7 +296,12 @@ class _Training:
         overdue = time.monotonic() - self._saved_at > 60 * self._config.checkpoint_minutes
         return self._agreement((self._signals.received, overdue))
 
-    def _save(self, measures: dict[str, float] | None = None) -> None:
+    def save(self, measures: dict[str, float] | None = None) -> None:
+        """Save a checkpoint, with the measures of its evaluation if any, unless it is there.
+
+        Raises:
+            OSError: it could not be written, or the one before.
+        """
         self._log.flush()
         if self._position.step != self._saved_step or measures:
             self._writer.sync()
@@ -306,7 +309,7 @@ class _Training:
             position = self._position
             where = {"epoch": position.epoch, "batch": position.batch, "images": position.epoch_images}
             self._checkpoints.save(
-                self._whole(self._state),
+                self._whole(self.state),
                 arguments=self._built.student.arguments,
                 usage=self._usage,
                 provenance=self._provenance,
@@ -345,12 +348,8 @@ class _Training:
         return f"continues from step {self._position.step}" if restored else "starts"
 
     def _summary(self, restored: Restored | None, differences: list[str]) -> str:
+        start = f"{self._place}: {self._describe_start(restored)}"
+        first = opening(start, restored, differences, is_done=self.is_done())
         return "\n".join(
-            [
-                f"{self._place}: {self._describe_start(restored)}",
-                *(f"  damaged  {line}" for line in (restored.set_aside if restored else ())),
-                *(f"  changed  {line}" for line in differences),
-                *(["           and nothing was trained with it"] if differences and self.is_done() else []),
-                *summarize(self._config, self._built, self._data, self._eval_data, self._mesh),
-            ]
+            [*first, *summarize(self._config, self._built, self._data, self._eval_data, self._mesh)]
         )

@@ -42,6 +42,12 @@ FIELDS: Fields = {
         "of each student",
         optional=True,
     ),
+    "seeds_at_once": Field(
+        1,
+        whole(1),
+        "of a student, trained in one program on one device, as fills an accelerator that one does not",
+        optional=True,
+    ),
     TEACHER: Field(
         {},
         Rule("what differs from the rest of the config", lambda value: isinstance(value, Mapping)),

@@ -273,7 +273,7 @@ def test_an_interrupted_run_remembers_and_draws_as_if_it_had_not_been_and_on_oth
     tmp_path, monkeypatch
 ):
     run(config_of(), tmp_path / "whole")
-    save = train._Training.save_if_asked
+    save = train.Training.save_if_asked
 
     def stop(training):
         if training._position.step == 4:
@@ -281,7 +281,7 @@ def test_an_interrupted_run_remembers_and_draws_as_if_it_had_not_been_and_on_oth
         save(training)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train._Training, "save_if_asked", stop)
+        patched.setattr(train.Training, "save_if_asked", stop)
         with pytest.raises(Interrupted):
             run(config_of(), tmp_path / "stopped")
     shutil.copytree(tmp_path / "stopped", tmp_path / "on one")

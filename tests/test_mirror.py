@@ -99,14 +99,14 @@ def test_a_run_that_is_stopped_is_copied_and_continues_to_the_bit_on_another_mac
     emulator, uninterrupted, tmp_path, monkeypatch
 ):
     bucket = Bucket("gs://bucket/runs/a")
-    take_step = train._Training.take_step
+    take_step = train.Training.take_step
 
     def stopped(training, batch):
         take_step(training, batch)
         if training._position.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train._Training, "take_step", stopped)
+    monkeypatch.setattr(train.Training, "take_step", stopped)
     with pytest.raises(Interrupted, match="stopped at step 4 of 6"):
         run(config_of(), str(bucket))
     assert folders.steps(fetched(bucket, tmp_path / "then")) == [3, 4]
