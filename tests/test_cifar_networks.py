@@ -1,5 +1,6 @@
 """CIFAR's networks are RepDistiller's: figures, names and shapes, and what their taps are."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -19,6 +20,28 @@ from tests.claims import broken
 
 FIGURES = json.loads((Path(__file__).parent / "golden" / "rivals.json").read_text())
 QUICK = ("resnet8", "wrn_16_2", "vgg8", "ShuffleV2")  # the others in `proofs`
+# Of RepDistiller's networks for 100 classes.
+PARAMETERS = {
+    "resnet8": 83_892,
+    "resnet14": 181_108,
+    "resnet20": 278_324,
+    "resnet32": 472_756,
+    "resnet44": 667_188,
+    "resnet56": 861_620,
+    "resnet110": 1_736_564,
+    "resnet8x4": 1_233_540,
+    "resnet32x4": 7_433_860,
+    "wrn_16_1": 180_916,
+    "wrn_40_1": 569_780,
+    "wrn_16_2": 703_284,
+    "wrn_40_2": 2_255_156,
+    "vgg8": 3_965_028,
+    "vgg13": 9_462_180,
+    "cifar_resnet50": 23_705_252,
+    "cifar_mobilenet_v2": 812_836,
+    "shufflenet_v1": 949_258,
+    "shufflenet_v2": 1_355_528,
+}
 SHAPES = {
     name: {key: shape for key, shape in shapes.items() if "num_batches" not in key}
     for name, shapes in FIGURES["network_keys"].items()
@@ -54,6 +77,15 @@ def test_repdistiller_s_names_and_shapes_come_in_and_go_out_to_the_bit(name):
 
 
 FAMILIES = ("resnet8", "wrn_16_1", "vgg8", "cifar_mobilenet_v2", "shufflenet_v1", "shufflenet_v2")
+
+
+def test_parameters_are_as_many_as_published():
+    found = {}
+    for name in PARAMETERS:
+        build = functools.partial(networks.construct, {"architecture": name, "num_classes": 100})
+        network = nnx.eval_shape(lambda build=build: build(rngs=nnx.Rngs(0)))
+        found[name] = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))
+    assert found == PARAMETERS
 
 
 @pytest.mark.parametrize("name", FAMILIES)

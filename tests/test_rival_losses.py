@@ -1,5 +1,6 @@
 """The rivals' losses have their authors' figures, are 0 where they should be, and leave padding out."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -44,6 +45,8 @@ MAPS = {
     "sp": losses.similarity_preserving,
     "ickd": losses.ickd,
     "hcl": hierarchical_context_loss,
+    "catkd": losses.class_attention,
+    "catkd, normalised": functools.partial(losses.class_attention, normalize=True),
 }
 ALL = {
     **{n: (f, (6, 5)) for n, f in (LOGITS | VECTORS).items()},
@@ -144,6 +147,13 @@ def test_logits_of_two_shapes_are_refused_not_broadcast(name, shape, unchecked):
     loss, _ = ALL[name]
     with pytest.raises(ValueError, match="student and teacher logits do not have one shape"):
         loss(drawn((6, 5)), drawn(shape))
+
+
+@pytest.mark.parametrize("name", ["dist", "rkd", "pkt", "at", "sp", "ickd", "catkd"])
+def test_a_teacher_s_taps_of_fewer_images_are_refused_not_broadcast(name, unchecked):
+    loss, shape = ALL[name]
+    with pytest.raises(ValueError, match=r"and 1 of the teacher cannot be compared|do not have one shape"):
+        loss(drawn(shape), drawn((1, *shape[1:])))
 
 
 @pytest.mark.parametrize("loss", [losses.dkd, losses.nkd])

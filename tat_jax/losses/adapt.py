@@ -176,9 +176,19 @@ def nearest(
     return x[:, rows][:, :, columns]
 
 
-def counted(where: Where | None, images: int) -> Bool[Array, " batch"]:
-    """Return which of so many images count; None is all."""
-    return jnp.ones(images, bool) if where is None else jnp.asarray(where)
+def counted(
+    where: Where | None, student: Float[Array | np.ndarray, "..."], teacher: Float[Array | np.ndarray, "..."]
+) -> Bool[Array, " batch"]:
+    """Return which images of a batch count; None is all.
+
+    Raises:
+        ValueError: the two taps are not of as many images, and would be broadcast.
+    """
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"{len(student)} images of the student and {len(teacher)} of the teacher cannot be compared"
+        )
+    return jnp.ones(len(student), bool) if where is None else jnp.asarray(where)
 
 
 def vectors(x: Float[Array | np.ndarray, "batch *positions channels"]) -> Float[Array, "batch channels"]:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from tat_jax.batch import Batch, Where
 from tat_jax.fields import Field
-from tat_jax.losses.adapt import paired_shapes, pool, unit_vectors
+from tat_jax.losses.adapt import counted, paired_shapes, pool, unit_vectors
 from tat_jax.losses.loss import Loss, check_pairs, taps_of
 from tat_jax.networks.view import Outputs, OutputShapes
 
@@ -38,7 +38,8 @@ def attention_transfer(
         teacher: likewise, of any grid and channels.
         where: the images that count; None is all.
     """
-    return jnp.mean(_differences(jnp.asarray(student), jnp.asarray(teacher)), where=where)
+    counts = counted(where, student, teacher)
+    return jnp.mean(_differences(jnp.asarray(student), jnp.asarray(teacher)), where=counts)
 
 
 def _differences(student: Array, teacher: Array) -> Float[Array, " batch"]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from tat_jax.batch import Batch, Where
 from tat_jax.fields import YES_OR_NO, Field, whole
-from tat_jax.losses.adapt import map_shapes, pool, unit_vectors
+from tat_jax.losses.adapt import counted, map_shapes, pool, unit_vectors
 from tat_jax.losses.loss import Loss, tap_of
 from tat_jax.networks.view import Outputs, OutputShapes
 
@@ -37,8 +37,9 @@ def class_attention(
         normalize: divide each class's map by its L2 norm first.
         where: the images that count; None is all.
     """
+    counts = counted(where, student, teacher)
     values = _errors(jnp.asarray(student), jnp.asarray(teacher), resolution, normalize)
-    return jnp.mean(values, where=where)
+    return jnp.mean(values, where=counts)
 
 
 def _errors(student: Array, teacher: Array, side: int, normalize: bool) -> Float[Array, " batch"]:

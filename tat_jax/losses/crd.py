@@ -157,11 +157,10 @@ def _told(
     def add(sums: tuple[Array, Array], block: Array, often: Array) -> tuple[Array, Array]:
         q = likeness(block) / scale
         share = often * q / (q + noise[:, None, None] + _LEAST)
-        slope = jnp.einsum("bpn,pnd->bd", share, block, precision="highest")
         # Most are so much smaller than 1 that a sum with it would lose them.
-        return sums[0] + jnp.sum(often * jnp.log1p((q + _LEAST) / noise[:, None, None]), (1, 2)), sums[
-            1
-        ] + slope
+        value = jnp.sum(often * jnp.log1p((q + _LEAST) / noise[:, None, None]), (1, 2))
+        slope = jnp.einsum("bpn,pnd->bd", share, block, precision="highest")
+        return sums[0] + value, sums[1] + slope
 
     first = jnp.log1p((noise + _LEAST) / q), -((noise + _LEAST) / (q + noise + _LEAST))[:, None] * own
     value, slope = _over_blocks(add, first, rows, times)

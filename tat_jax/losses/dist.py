@@ -50,7 +50,7 @@ def dist(
     student, teacher = (
         jax.nn.softmax(softened(logits, temperature)) for logits in (student_logits, teacher_logits)
     )
-    counts = counted(where, len(student))
+    counts = counted(where, student, teacher)
     everything = jnp.ones(student.shape[1:], bool)
     within = jnp.mean(_correlations(student, teacher, everything), where=counts)
     between = jnp.mean(_correlations(student.T, teacher.T, counts))

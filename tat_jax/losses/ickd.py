@@ -15,7 +15,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from tat_jax.batch import Batch, Where
 from tat_jax.fields import YES_OR_NO, Field
-from tat_jax.losses.adapt import Embedding, as_tokens, tap_shapes, unit_vectors
+from tat_jax.losses.adapt import Embedding, as_tokens, counted, tap_shapes, unit_vectors
 from tat_jax.losses.loss import Loss, tap_of
 from tat_jax.networks.layers import at_least_float32
 from tat_jax.networks.view import Outputs, OutputShapes
@@ -36,7 +36,8 @@ def ickd(
         teacher: likewise, of any grid.
         where: the images that count; None is all.
     """
-    return jnp.mean(_differences(jnp.asarray(student), jnp.asarray(teacher)), where=where)
+    counts = counted(where, student, teacher)
+    return jnp.mean(_differences(jnp.asarray(student), jnp.asarray(teacher)), where=counts)
 
 
 def _differences(student: Array, teacher: Array) -> Float[Array, " batch"]:

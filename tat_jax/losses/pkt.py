@@ -36,7 +36,7 @@ def pkt(
         teacher: likewise.
         where: the images that count; None is all.
     """
-    counts = counted(where, len(student))
+    counts = counted(where, student, teacher)
     of_student, of_teacher = (_likelihoods(vectors(x), counts) for x in (student, teacher))
     values = of_teacher * jnp.log((of_teacher + _EPSILON) / (of_student + _EPSILON))
     return jnp.mean(values, where=counts[:, None] & counts[None])

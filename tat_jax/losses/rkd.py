@@ -41,7 +41,7 @@ def rkd(
         where: the images that count; None is all.
     """
     student, teacher = vectors(student), vectors(teacher)
-    counts = counted(where, len(student))
+    counts = counted(where, student, teacher)
     pairs = counts[:, None] & counts[None]
     distances = optax.losses.huber_loss(_distances(student, pairs), _distances(teacher, pairs))
     angles = optax.losses.huber_loss(_cosines(student), _cosines(teacher))

@@ -34,7 +34,7 @@ def similarity_preserving(
         teacher: likewise, of any size.
         where: the images that count; None is all.
     """
-    counts = counted(where, len(student))
+    counts = counted(where, student, teacher)
     ours, theirs = (_similarities(jnp.asarray(x), counts) for x in (student, teacher))
     return jnp.mean((ours - theirs) ** 2, where=counts[:, None] & counts[None])
 
