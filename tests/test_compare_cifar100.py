@@ -12,12 +12,12 @@ def trainings(argument, folder):
     return config, variants.teachers_of(config), variants.students_of(config, folder)
 
 
-def test_every_pair_and_method_is_a_training_under_its_own_teacher(tmp_path):
-    _, teachers, students = trainings(",".join(cifar100.PAIRS), tmp_path)
-    for training in (*teachers.values(), *(student for seeds in students.values() for student in seeds)):
+def test_every_method_of_a_pair_is_a_training_under_its_own_teacher(tmp_path):
+    _, teachers, students = trainings("vgg13-cifar_mobilenet_v2,vgg13-vgg8,resnet56-resnet20", tmp_path)
+    for training in (*teachers.values(), *(first for first, *_ in students.values())):
         experiment.check(training)
-    assert set(teachers) == {pair.teacher for pair in cifar100.PAIRS.values()}
-    assert len(students) == len(cifar100.PAIRS) * len(cifar100.METHODS) + 9  # networks that learn alone
+    assert set(teachers) == {"vgg13", "resnet56"}
+    assert len(students) == 3 * (len(cifar100.METHODS) + 1)
     (first, *_) = students["vgg13-cifar_mobilenet_v2, dkd"]
     assert first.teacher.weights == str(tmp_path / "vgg13")
     assert (first.student.architecture, first.optimizer.learning_rate) == ("cifar_mobilenet_v2", 0.01)

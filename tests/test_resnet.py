@@ -57,11 +57,13 @@ def test_logits_and_taps_equal_pytorchs(name, dtype, bound):
         expected, outputs = theirs(torch.from_numpy(rearrange(images, "b h w c -> b c h w")), taps=True)
         assert logits.dtype == jnp.dtype(dtype)
         assert relative_error(logits, expected) < bound
-        assert set(taps) == {*STAGES, "pooled"}
+        assert set(taps) == {*STAGES, "pooled", "class_maps"}
         for tap in STAGES:
             assert relative_error(taps[tap], outputs[tap]) < bound
         pooled = outputs[STAGES[-1]].mean((2, 3))
         assert relative_error(taps["pooled"], pooled) < bound
+        of_positions = taps["class_maps"].mean((1, 2)) + theirs.fc.bias.detach().numpy()[None]
+        assert relative_error(of_positions, expected) < bound
 
 
 def test_a_full_network_has_torchvisions_number_of_parameters():
