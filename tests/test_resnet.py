@@ -89,6 +89,7 @@ def test_reading_taps_changes_neither_structure_nor_state():
         "layer2": (2, 8, 8, 4),
         "layer3": (2, 4, 4, 8),
         "layer4": (2, 2, 2, 16),
+        "class_maps": (2, 2, 2, 3),
         "pooled": (2, 16),
     }
 
