@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from tat_jax import distill, networks, optim, sharding
@@ -29,7 +28,7 @@ from tat_jax.usage import other_classes
 from tat_jax.weights.store import digest, flatten
 
 _Arrays = TypeVar("_Arrays", nnx.State, nnx.State | None)
-Labels = Callable[[], Int[np.ndarray, " images"]]
+Labels = Callable[[], np.ndarray]  # of all images that are trained on
 
 
 class Built(NamedTuple):

@@ -186,14 +186,14 @@ def test_the_config_says_in_which_mode_the_teacher_runs():
 def test_padding_changes_nothing():
     step, state, teacher = compiled()
     padded, metrics = step(state, teacher, batch_of(8, valid=6))
-    whole, expected = step(state, teacher, Batch(*(x[:6] for x in batch_of(8))))
+    whole, expected = step(state, teacher, Batch(*(x[:6] for x in batch_of(8)[:3])))
     assert_same_states((padded, metrics), (whole, expected))
 
 
 def test_a_group_of_padding_alone_does_no_harm():
     step, state, teacher = compiled(bn_group=4)
     padded, metrics = step(state, teacher, batch_of(8, valid=4))
-    whole, expected = step(state, teacher, Batch(*(x[:4] for x in batch_of(8))))
+    whole, expected = step(state, teacher, Batch(*(x[:4] for x in batch_of(8)[:3])))
     assert_same_states((padded, metrics), (whole, expected))
 
 
