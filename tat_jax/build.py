@@ -180,15 +180,14 @@ def build_teacher(
 
 def put_teacher(config: ConfigDict, arrays: _Arrays, mesh: Mesh) -> _Arrays:
     """Return the arrays of a teacher where `config.teacher_sharding` has them."""
-    places = jax.tree.map(teacher_place(config, mesh), arrays)
-    return sharding.put(arrays, places, what="the teacher's weights")
+    return sharding.put(arrays, teacher_places(config, arrays, mesh), what="the teacher's weights")
 
 
-def teacher_place(config: ConfigDict, mesh: Mesh) -> sharding.Place:
-    """Return where arrays of the teacher lie by `config.teacher_sharding`."""
+def teacher_places(config: ConfigDict, arrays: Any, mesh: Mesh) -> Any:
+    """Return where each array of the teacher lies by `config.teacher_sharding`."""
     if _is_sharded(config):
-        return functools.partial(sharding.split, mesh=mesh)
-    return lambda _: sharding.replicated(mesh)
+        return jax.tree.map(functools.partial(sharding.split, mesh=mesh), arrays)
+    return sharding.everywhere(arrays, mesh)
 
 
 def _is_sharded(config: ConfigDict) -> bool:

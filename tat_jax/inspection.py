@@ -3,7 +3,6 @@
 Each function returns what it finds in words, and what it built.
 """
 
-import functools
 import math
 import os
 import shutil
@@ -29,15 +28,16 @@ from tat_jax import (
     sharding,
 )
 from tat_jax.buckets import Bucket, Place
-from tat_jax.build import Built, all_terms, build, build_student, build_teacher, put_teacher, shapes_of
+from tat_jax.build import Built, all_terms, build_student, build_teacher, put_teacher, shapes_of
 from tat_jax.checkpoints import read_provenance
 from tat_jax.data.pipeline import Pipeline
 from tat_jax.data.sample import Sample
-from tat_jax.data.source import all_labels, class_names
+from tat_jax.data.source import class_names
 from tat_jax.evaluate import evaluate
 from tat_jax.losses import Own
 from tat_jax.networks import Network, OwnNetwork
 from tat_jax.networks.view import watch
+from tat_jax.parts import build_for
 from tat_jax.tasks import TASKS, task_of
 from tat_jax.usage import other_classes
 from tat_jax.weights import folders
@@ -246,17 +246,7 @@ def build_training(
     Raises:
         ValueError: parts do not fit, and both are named; or the run in the folder was made of others.
     """
-    built = build(
-        config,
-        mesh,
-        num_classes=data.source.num_classes,
-        steps_per_epoch=data.steps_per_epoch,
-        classes=class_names(data.source),
-        student=student,
-        teacher=teacher,
-        losses=losses,
-        labels=functools.partial(all_labels, data.source),
-    )
+    built = build_for(config, mesh, data, student=student, teacher=teacher, losses=losses)
     lines = [describe_training(config, built)]
     if folder:
         now = provenance.provenance_of(class_names(data.source), built.teacher_digest)

@@ -12,7 +12,7 @@ from tat_jax.data.held_out import SPLIT
 from tat_jax.data.pipeline import Pipeline, check_same, open_pipeline
 from tat_jax.data.source import all_labels, class_names
 from tat_jax.losses import Own
-from tat_jax.networks import OwnNetwork
+from tat_jax.networks import Network, OwnNetwork
 
 
 class Parts(NamedTuple):
@@ -45,7 +45,26 @@ def open_parts(
     holds_out = config.data.get("held_out_of_training") is not None
     held_out = open_pipeline(config, SPLIT) if holds_out else None
     check_same(config, data, eval_data, *([held_out] if held_out else []))
-    built = build(
+    built = build_for(config, mesh, data, student=student, teacher=teacher, losses=losses)
+    return Parts(mesh, built, data, eval_data, held_out)
+
+
+def build_for(
+    config: ConfigDict,
+    mesh: Mesh,
+    data: Pipeline,
+    *,
+    student: OwnNetwork | Network | None,
+    teacher: OwnNetwork | Network | None,
+    losses: Own | None,
+) -> Built:
+    """Build what `config` trains on these images, as `build` does.
+
+    Raises:
+        FileNotFoundError: weights are missing.
+        ValueError: parts do not fit; both are named.
+    """
+    return build(
         config,
         mesh,
         num_classes=data.source.num_classes,
@@ -56,4 +75,3 @@ def open_parts(
         losses=losses,
         labels=functools.partial(all_labels, data.source),
     )
-    return Parts(mesh, built, data, eval_data, held_out)

@@ -5,7 +5,7 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -18,7 +18,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tat_jax.weights.store import digest
 
 _Tree = TypeVar("_Tree")
-Place = Callable[[Any], NamedSharding]  # of an array, or of what has its shape and type
 # What starts several processes says so in the environment: SLURM, Open MPI, a TPU pod, or a person.
 _CLUSTER_SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")

@@ -16,6 +16,11 @@ from tat_jax.losses.loss import Rows
 CPU_OPTIONS: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
+def options_for(mesh: Mesh) -> dict[str, str | bool] | None:
+    """Return what the compiler of a mesh is told of training steps."""
+    return CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None
+
+
 def places_of(state: TrainState, mesh: Mesh) -> TrainState:
     """Return where each array of a state lies: whole on every device, but for `Rows`, which are split."""
 
@@ -38,7 +43,7 @@ def jit_train_step(recipe: Recipe, mesh: Mesh) -> jax.stages.Wrapped:
         train_step,
         donate_argnums=0,
         out_shardings=(None, sharding.replicated(mesh)),  # None: as the step constrains them
-        compiler_options=CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None,
+        compiler_options=options_for(mesh),
     )
 
 

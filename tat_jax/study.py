@@ -127,7 +127,8 @@ def _train(trainings: Mapping[Path, ConfigDict], folder: Path, at_once: int) -> 
             if place in waiting and is_ready:
                 group = _free_seeds(waiting, place, folder)[:at_once]
                 if group and _are_trained({run: waiting[run] for run in group}, folder):
-                    waiting = {other: config for other, config in waiting.items() if other not in group}
+                    for run in group:
+                        del waiting[run]
         if len(waiting) == before:
             others = ", ".join(str(place.relative_to(folder)) for place in waiting)
             if jax.process_index() == 0 and said != others:

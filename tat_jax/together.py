@@ -18,7 +18,7 @@ from tat_jax.distill import Metrics, Recipe, TrainState
 from tat_jax.metrics import Row
 from tat_jax.parts import Parts, open_parts
 from tat_jax.signals import Interrupted, StopSignals
-from tat_jax.step import CPU_OPTIONS
+from tat_jax.step import options_for
 from tat_jax.train import Training
 
 _Tree = TypeVar("_Tree")
@@ -168,7 +168,7 @@ def jit_train_steps(recipe: Recipe, mesh: Mesh) -> jax.stages.Wrapped:
         train_steps,
         donate_argnums=0,
         out_shardings=(whole, whole),
-        compiler_options=CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None,
+        compiler_options=options_for(mesh),
     )
 
 

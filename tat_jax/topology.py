@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from tat_jax import paths, sharding
 from tat_jax.batch import Batch
-from tat_jax.build import Built, teacher_place
+from tat_jax.build import Built, teacher_places
 from tat_jax.compiled import Program, describe
 from tat_jax.evaluate import jit_eval_step
 from tat_jax.step import jit_train_step, places_of
@@ -136,7 +136,7 @@ def compile_step(
         MemoryError: it needs more than a device has.
     """
     state = _abstract(built.state, places_of(built.state, pod.mesh))
-    teacher = _abstract(built.teacher, jax.tree.map(teacher_place(config, pod.mesh), built.teacher))
+    teacher = _abstract(built.teacher, teacher_places(config, built.teacher, pod.mesh))
     step = jit_train_step(built.recipe, pod.mesh)
     batch = _batch(config, pod, images, source, train=True)
     return _compile(step.lower(state, teacher, batch), pod, options)

@@ -47,9 +47,14 @@ def drawn_network(name: str, shapes: Mapping[str, Any], prefix: str) -> View:
     return our_step.network(entries, ours(name), dtype="float64")
 
 
+def stages_of(outputs: Outputs) -> tuple[str, ...]:
+    """Return the names of the stages' maps, from the shallowest to the deepest."""
+    return tuple(sorted(name for name in outputs.taps if name.startswith("stage") and name[5:].isdigit()))
+
+
 def taps_of(outputs: Outputs, *, preact: bool) -> list[np.ndarray]:
     """Return the taps in RepDistiller's order: the stem, the stages and the vectors."""
-    names = ["stem", *sorted(n for n in outputs.taps if n.startswith("stage") and n[5:].isdigit()), "pooled"]
+    names = ["stem", *stages_of(outputs), "pooled"]
     if preact:
         names = [f"{name}_preact" if f"{name}_preact" in outputs.taps else name for name in names]
     return [channels_first(np.asarray(outputs.taps[name])) for name in names]

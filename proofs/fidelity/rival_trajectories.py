@@ -21,7 +21,7 @@ from proofs.fidelity.recorded_inputs import (
 )
 from proofs.fidelity.rival_losses import norm_paths, turn
 from proofs.fidelity.rival_memory import Given
-from proofs.fidelity.rival_networks import drawn_network
+from proofs.fidelity.rival_networks import drawn_network, stages_of
 from proofs.rounding import largest_relative_error, relative_error
 from tat_jax import distill, sharding
 from tat_jax.batch import Batch
@@ -204,8 +204,7 @@ def _built(run: Run, shapes: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Buil
 
 
 def _stages(view: View) -> Stages:
-    taps = nnx.eval_shape(lambda view: view(jnp.zeros((1, 32, 32, 3))), view).taps
-    return tuple(sorted(name for name in taps if name.startswith("stage") and name[5:].isdigit()))
+    return stages_of(nnx.eval_shape(lambda view: view(jnp.zeros((1, 32, 32, 3))), view))
 
 
 def _entries(run: Run, method: _Method, loss: Any) -> dict[str, np.ndarray]:

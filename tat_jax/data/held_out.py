@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from tat_jax.data.source import Example, Source, notes, spread
+from tat_jax.data.source import Example, Source, apart, notes
 
 SPLIT = "held_out"  # beside those of a source
 
@@ -43,8 +43,7 @@ def part_of(source: Source, share: float, split: str) -> Part:
     Raises:
         ValueError: one of the two would be empty.
     """
-    held = spread(len(source), round(share * len(source)))
-    rest = np.setdiff1d(np.arange(len(source)), held)
+    held, rest = apart(len(source), round(share * len(source)))
     if not (len(held) and len(rest)):
         raise ValueError(
             f"data.held_out_of_training={share:g} of {len(source):,} images leaves nothing to "

@@ -12,7 +12,7 @@ from tat_jax.buckets import Bucket, place
 from tat_jax.data.disk_folder import DiskFolder
 from tat_jax.data.folders import Folder, open_folder
 from tat_jax.data.listing import PassedOver, Paths, check_all_were_read, list_images
-from tat_jax.data.source import SPLITS, Example, Source, notes, printable, spread
+from tat_jax.data.source import SPLITS, Example, Source, apart, notes, printable
 from tat_jax.data.tar_shards import ShardImages
 from tat_jax.paths import expand
 
@@ -79,8 +79,8 @@ class Images:
             raise ValueError(
                 "data.root has one image, and at least two are needed: to train, and to evaluate"
             )
-        held = spread(len(store), max(1, round(held_out * len(store))))
-        chosen = held if split == "val" else np.setdiff1d(np.arange(len(store)), held)
+        held, rest = apart(len(store), max(1, round(held_out * len(store))))
+        chosen = held if split == "val" else rest
         if not len(chosen):
             raise ValueError(f"data.held_out={held_out} leaves no image to train on, of {len(store):,}")
         share = f"data.held_out={held_out:g}"

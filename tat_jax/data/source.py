@@ -102,6 +102,12 @@ def spread(length: int, count: int) -> Integer[np.ndarray, " indices"]:
     return np.unique(np.linspace(0, length - 1, count).astype(int))
 
 
+def apart(length: int, count: int) -> tuple[Integer[np.ndarray, " held"], Integer[np.ndarray, " rest"]]:
+    """Return `count` indices, evenly spaced over so many images, and all others."""
+    held = spread(length, count)
+    return held, np.setdiff1d(np.arange(length), held)
+
+
 def printable(name: str) -> str:
     """Return a name in one line that every terminal and file takes, whatever bytes a file's name has."""
     if name.isprintable():  # at once for nearly all

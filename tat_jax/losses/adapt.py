@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float
 
 from tat_jax.batch import Where
 from tat_jax.losses.loss import check_pairs
-from tat_jax.networks.layers import BatchNorm, at_least_float32, conv, torch_uniform
+from tat_jax.networks.layers import BatchNorm, at_least_float32, conv, torch_uniform, uniform
 from tat_jax.networks.view import OutputShapes
 
 Shape = tuple[int, ...]
@@ -242,6 +242,20 @@ class Embedding(nnx.Module):
         single = self.conv.kernel_size == (1, 1)
         as_if_map = rearrange(x, "b n c -> b n 1 c") if single else as_map(x)
         return as_tokens(self.norm(self.conv(as_if_map), train=train, where=where))
+
+
+def embedding_of_vectors(in_features: int, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
+    """Make a linear layer with bias, of float32 at least, drawn as PyTorch does."""
+    exact = at_least_float32(dtype)
+    return nnx.Linear(
+        in_features,
+        features,
+        dtype=exact,
+        param_dtype=exact,
+        kernel_init=torch_uniform,
+        bias_init=uniform(in_features**-0.5),
+        rngs=rngs,
+    )
 
 
 class Standardization(nnx.Module):

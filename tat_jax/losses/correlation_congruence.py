@@ -13,9 +13,8 @@ from jaxtyping import Array, DTypeLike, Float
 
 from tat_jax.batch import Batch
 from tat_jax.fields import Field, whole
-from tat_jax.losses.adapt import vectors
+from tat_jax.losses.adapt import embedding_of_vectors, vectors
 from tat_jax.losses.loss import Loss, tap_of
-from tat_jax.networks.layers import at_least_float32, torch_uniform, uniform
 from tat_jax.networks.view import Outputs, OutputShapes
 
 
@@ -53,17 +52,8 @@ class CorrelationCongruence(Loss):
         rngs: nnx.Rngs,
     ):
         self.student_tap, self.teacher_tap = student_tap, teacher_tap
-        exact = at_least_float32(dtype)
         self.student, self.teacher = (
-            nnx.Linear(
-                channels,
-                features,
-                dtype=exact,
-                param_dtype=exact,
-                kernel_init=torch_uniform,
-                bias_init=uniform(channels**-0.5),
-                rngs=rngs,
-            )
+            embedding_of_vectors(channels, features, dtype=dtype, rngs=rngs)
             for channels in (student_features, teacher_features)
         )
 

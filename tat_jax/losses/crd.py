@@ -16,9 +16,9 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from tat_jax.batch import Batch, Where
 from tat_jax.fields import Field, whole
-from tat_jax.losses.adapt import unit_vectors, vectors
+from tat_jax.losses.adapt import counted, embedding_of_vectors, unit_vectors, vectors
 from tat_jax.losses.loss import Loss, Rows, labels_of, tap_of
-from tat_jax.networks.layers import at_least_float32, torch_uniform, uniform
+from tat_jax.networks.layers import at_least_float32, uniform
 from tat_jax.networks.view import Outputs, OutputShapes
 
 _TEMPERATURE = 0.07
@@ -92,7 +92,7 @@ def contrast(
 
     The memory may have more rows than there are `images`.
     """
-    counts = jnp.ones(len(student), bool) if where is None else jnp.asarray(where)
+    counts = counted(where, student, teacher)
     ours, theirs = unit_vectors(student), unit_vectors(teacher)
     at, read = jax.lax.stop_gradient(((ours, theirs), memory))
     how: dict[str, Any] = {
@@ -287,15 +287,7 @@ class CRD(Loss):
             )
         exact = at_least_float32(dtype)
         self.student, self.teacher = (
-            nnx.Linear(
-                channels,
-                features,
-                dtype=exact,
-                param_dtype=exact,
-                kernel_init=torch_uniform,
-                bias_init=uniform(channels**-0.5),
-                rngs=rngs,
-            )
+            embedding_of_vectors(channels, features, dtype=dtype, rngs=rngs)
             for channels in (student_features, teacher_features)
         )
         draw, rows = uniform((features / 3) ** -0.5), -(-len(labels) // _PIECES) * _PIECES
