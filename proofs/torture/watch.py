@@ -11,7 +11,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SECONDS = 10.0  # one file may take
+# One file may take so long of processors: by the clock, a busy machine would say of a sound reader that it hangs.
+SECONDS = 10.0
+_PATIENCE = 6  # times as long by the clock
 # One file may take: 89 million pixels in Pillow's four bytes, in their mode and in RGB, and as bytes.
 MEBIBYTES = 1536
 _START = 120.0  # seconds for a process to import everything
@@ -34,7 +36,7 @@ class Outcome(NamedTuple):
     Attributes:
         name: the file's.
         verdict: "read", "refused", or what went wrong.
-        seconds: it took.
+        seconds: of processors that it took.
         mebibytes: by which the process grew at most.
     """
 
@@ -84,14 +86,14 @@ def _work(
     for count, path in enumerate(inputs(*arguments)):
         sender.send(path)
         listing = sorted(os.listdir(path.parent))
-        before, began = _peak(anew=True), time.monotonic()
+        before, began = _peak(anew=True), time.process_time()
         watching = not may_write and count > 0  # the first imports what is imported late
         try:
             verdict = attempt(path)
         except BaseException as error:
             verdict = f"{type(error).__name__}: {error!s:.200}"
         watching = False
-        took, grew = time.monotonic() - began, _peak(anew=False) - before
+        took, grew = time.process_time() - began, _peak(anew=False) - before
         done = [event for event in events if verdict != "read" or event.startswith(_RUN)]
         if done or (verdict != "read" and sorted(os.listdir(path.parent)) != listing):
             verdict = "; ".join(done[:3]) or f"left {sorted(os.listdir(path.parent))}"
@@ -129,7 +131,7 @@ def try_all(
     trying: Path | None = None
     verdict = "it hangs"
     try:
-        while receiver.poll(3 * SECONDS if outcomes else _START):
+        while receiver.poll(_PATIENCE * SECONDS if outcomes else _START):
             message = receiver.recv()
             trying = message if isinstance(message, Path) else None
             if isinstance(message, Outcome):
