@@ -52,6 +52,8 @@ ALL = {
     **{n: (f, (6, 5)) for n, f in (LOGITS | VECTORS).items()},
     **{n: (f, (6, 4, 4, 5)) for n, f in MAPS.items()},
 }
+# Each loss is compiled once for all tests: operation by operation, a gradient takes longer than a loss as one.
+MEASURED = {name: (jax.jit(jax.value_and_grad(loss)), shape) for name, (loss, shape) in ALL.items()}
 BETWEEN_IMAGES = ("dist", "rkd", "pkt", "sp")
 
 
@@ -60,8 +62,8 @@ def drawn(shape, seed=0, dtype=None):
 
 
 @pytest.fixture(params=ALL)
-def loss(request):
-    return ALL[request.param]
+def measured(request):
+    return MEASURED[request.param]
 
 
 @pytest.mark.parametrize("case", HERE, ids=lambda case: case["id"])
@@ -76,9 +78,9 @@ def test_what_was_recorded_of_other_methods_is_named():
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "nkd"])
 def test_where_student_equals_teacher_it_is_zero_and_so_is_its_gradient(name, x64):
-    loss, shape = ALL[name]
+    measure, shape = MEASURED[name]
     x = drawn(shape)
-    value, gradient = jax.value_and_grad(lambda s: loss(s, x))(x)
+    value, gradient = measure(x, x)
     # DIST and PKT add small numbers to what they divide by, DIST to the tiny norms of soft predictions.
     bound = 1e-3 if name == "dist" else 1e-7
     assert abs(value) < bound
@@ -94,12 +96,12 @@ def test_nkd_of_the_other_classes_is_least_where_student_equals_teacher(x64):
     np.testing.assert_allclose(both, label, atol=1e-15)
 
 
-def test_padding_changes_neither_value_nor_gradient(loss, x64):
-    loss, shape = loss
+def test_padding_changes_neither_value_nor_gradient(measured, x64):
+    measure, shape = measured
     student, teacher = drawn(shape, 1), drawn(shape, 2)
     where = jnp.arange(6) < 4
-    value, gradient = jax.value_and_grad(lambda s: loss(s, teacher, where=where))(student)
-    alone, of_alone = jax.value_and_grad(lambda s: loss(s, teacher[:4]))(student[:4])
+    value, gradient = measure(student, teacher, where=where)
+    alone, of_alone = measure(student[:4], teacher[:4])
     np.testing.assert_allclose(value, alone, rtol=1e-12)
     np.testing.assert_allclose(gradient[:4], of_alone, rtol=1e-10, atol=1e-14)
     np.testing.assert_array_equal(gradient[4:], 0)
@@ -107,8 +109,8 @@ def test_padding_changes_neither_value_nor_gradient(loss, x64):
 
 @pytest.mark.parametrize("fill", ["equal rows", "zeros", "far apart"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_nothing_is_nan_at_the_edges_and_the_loss_is_float32(loss, fill, dtype):
-    loss, shape = loss
+def test_nothing_is_nan_at_the_edges_and_the_loss_is_float32(measured, fill, dtype):
+    measure, shape = measured
     student, teacher = drawn(shape, 1, dtype), drawn(shape, 2, dtype)
     if fill == "equal rows":
         student = jnp.broadcast_to(student[:1], shape)
@@ -116,7 +118,7 @@ def test_nothing_is_nan_at_the_edges_and_the_loss_is_float32(loss, fill, dtype):
         student, teacher = jnp.zeros_like(student), jnp.zeros_like(teacher)
     else:
         student, teacher = (jnp.where(x > 0, 1e4, -1e4).astype(dtype) for x in (student, teacher))
-    value, gradient = jax.value_and_grad(lambda s: loss(s, teacher))(student)
+    value, gradient = measure(student, teacher)
     assert value.dtype == jnp.float32
     assert jnp.isfinite(value)
     assert jnp.isfinite(gradient.astype(jnp.float32)).all()
@@ -124,20 +126,20 @@ def test_nothing_is_nan_at_the_edges_and_the_loss_is_float32(loss, fill, dtype):
 
 @pytest.mark.parametrize("name", BETWEEN_IMAGES)
 def test_images_on_eight_devices_are_compared_with_those_of_all(name, x64):
-    loss, shape = ALL[name]
+    measure, shape = MEASURED[name]
     shape = (16, *shape[1:])
     student, teacher = drawn(shape, 1), drawn(shape, 2)
-    alone = jax.value_and_grad(lambda s: loss(s, teacher))(student)
+    alone = measure(student, teacher)
     mesh = Mesh(jax.devices(), ("data",))
     rows = NamedSharding(mesh, PartitionSpec("data"))
-    split = jax.jit(jax.value_and_grad(loss))(*jax.device_put((student, teacher), rows))
+    split = measure(*jax.device_put((student, teacher), rows))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14), split, alone)
 
 
 def test_dist_has_a_gradient_where_a_class_is_improbable_in_every_image():
     student, teacher = (3 * drawn((16, 100), seed, jnp.float32) for seed in (1, 2))
     student, teacher = (x.at[:, 0].add(-25) for x in (student, teacher))
-    gradient = jax.grad(lambda s: losses.dist(s, teacher, temperature=1.0))(student)
+    gradient = jax.jit(jax.grad(lambda s: losses.dist(s, teacher, temperature=1.0)))(student)
     assert jnp.isfinite(gradient).all()
 
 
@@ -173,13 +175,13 @@ def test_correlation_congruence_on_eight_devices_is_that_of_one_with_its_gradien
         module = nnx.merge(graph, params, copy=True)
         return module(outputs(a=student), outputs(a=teacher), batch, train=True)
 
-    of_all = jax.value_and_grad(value, argnums=(0, 1))
+    of_all = jax.jit(jax.value_and_grad(value, argnums=(0, 1)))
     images = drawn((16, 3), 1), drawn((16, 4), 2), batch_of(16, 13)
     alone = of_all(params, *images)
     mesh = Mesh(jax.devices(), ("data",))
     everywhere, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
     batch = jax.tree.map(lambda x: jax.device_put(x, rows), images)
-    split = jax.jit(of_all)(jax.device_put(params, everywhere), *batch)
+    split = of_all(jax.device_put(params, everywhere), *batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14), split, alone)
 
 
@@ -257,9 +259,10 @@ def test_padding_is_left_out_of_the_losses_with_parameters_and_these_are_trained
         found = module(outputs(**student), outputs(**teacher), batch, train=True)
         return jnp.mean(found, where=batch.where) if found.ndim else found
 
-    padded = jax.value_and_grad(value)(params, student, teacher, batch_of(6, 4))
+    measure = jax.jit(jax.value_and_grad(value))
+    padded = measure(params, student, teacher, batch_of(6, 4))
     first = [{name: x[:4] for name, x in taps.items()} for taps in (student, teacher)]
-    alone = jax.value_and_grad(value)(params, *first, batch_of(4))
+    alone = measure(params, *first, batch_of(4))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13), padded, alone)
     norms = [float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(alone[1])]
     assert np.median(norms) > 0
@@ -268,10 +271,14 @@ def test_padding_is_left_out_of_the_losses_with_parameters_and_these_are_trained
 @pytest.mark.parametrize("name", ["cc", "ickd", "vid", "review"])
 def test_in_bfloat16_losses_with_parameters_are_float32_and_finite_at_zeros(name):
     loss, student, teacher = modules(jnp.bfloat16)[name]
-    found = loss(outputs(**student), outputs(**teacher), batch_of(6), train=True)
-    assert found.dtype == jnp.float32
+
+    @nnx.jit
+    def compare(loss, *taps):
+        return loss(*(outputs(**x) for x in taps), batch_of(6), train=True)
+
+    assert compare(loss, student, teacher).dtype == jnp.float32
     zeros = [jax.tree.map(jnp.zeros_like, taps) for taps in (student, teacher)]
-    assert jnp.isfinite(loss(outputs(**zeros[0]), outputs(**zeros[1]), batch_of(6), train=True)).all()
+    assert jnp.isfinite(compare(loss, *zeros)).all()
 
 
 @pytest.mark.parametrize("name", ["at", "vid", "review"])

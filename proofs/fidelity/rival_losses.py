@@ -98,7 +98,7 @@ def _input(case: Case, name: str, scale: float = 1.0) -> jax.Array:
 def _function(
     case: Case, loss: Callable[..., Any], student: jax.Array, *others: Any, parts: Any = None
 ) -> Measured:
-    value, gradient = jax.value_and_grad(loss)(student, *others)
+    value, gradient = jax.jit(jax.value_and_grad(lambda student: loss(student, *others)))(student)
     return Measured(float(value), parts or {}, {"student": channels_first(np.asarray(gradient))})
 
 
@@ -218,7 +218,8 @@ def _module(
         module = nnx.merge(graph, params, rest, copy=True)
         return jnp.mean(module(Outputs(None, student), Outputs(None, teacher), batch, train=True))
 
-    found, (by_params, by_student) = jax.value_and_grad(value, argnums=(0, 1))(params, student)
+    differentiate = jax.jit(jax.value_and_grad(value, argnums=(0, 1)))
+    found, (by_params, by_student) = differentiate(params, student)
     leaves = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(by_params)}
     gradients = {name: channels_first(np.asarray(g)) for name, g in by_student.items()}
     for name, path in names.items():
@@ -377,7 +378,7 @@ def _review_alone(case: Case) -> Measured:
     def levels(student: Arrays) -> list[jax.Array]:
         return [losses.hierarchical_context_loss(x, teacher[f"t{n[1:]}"]) for n, x in student.items()]
 
-    value, gradients = jax.value_and_grad(lambda student: sum(levels(student)))(student)
+    value, gradients = jax.jit(jax.value_and_grad(lambda student: sum(levels(student))))(student)
     parts = {"per_level": np.asarray(levels(student))}
     return Measured(float(value), parts, {n: channels_first(np.asarray(g)) for n, g in gradients.items()})
 
@@ -439,7 +440,7 @@ def _simkd(case: Case) -> Measured:
         projected = module(pool(student, grid), train=True)
         return jnp.mean((projected - pool(target, grid)) ** 2)
 
-    found, by = jax.value_and_grad(value, argnums=(0, 1))(params, student)
+    found, by = jax.jit(jax.value_and_grad(value, argnums=(0, 1)))(params, student)
     leaves = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(by[0])}
     gradients = {"student": channels_first(np.asarray(by[1]))}
     for name in case["grads"]:

@@ -104,7 +104,7 @@ def _measure(case: Case, loss: Given, step: int) -> tuple[Measured, Memory]:
         values = module(ours, theirs, batch, train=True)
         return jnp.mean(values), module.memory
 
-    differentiate = jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True)
+    differentiate = jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True))
     (found, memory), of = differentiate(params, student, teacher)
     gradients = {
         "student": of[1],
