@@ -159,7 +159,9 @@ class RunCheckpoints:
         step = int(state.step)
         ema = None if state.ema is None else _of_student(state.ema)
         student, training = _student(state), _training(state)
-        if not self._is_shared:  # whole, and without the others
+        # A process that writes alone takes the arrays whole: of copies on several devices, Orbax would have each
+        # give a slice, and compile one for every shape.
+        if not self._is_shared or jax.process_count() == 1:
             student, ema, training = jax.device_get((student, ema, training))
         head = NO_HEAD if arguments.get("num_classes") == 0 else "trained"
         origin = {"head": head, "source": f"step {step}"}
