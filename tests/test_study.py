@@ -15,13 +15,13 @@ from tat_jax.configs import base, compare, digits
 from tat_jax.metrics import read_rows
 
 KD = {"losses": {"cross_entropy": {"weight": 0.5}, "kd": {"weight": 0.5}}}
-TEACHER = {"student": {"width": 2}}
+TEACHER = {"student": {"architecture": "resnet8"}}
 
 
 def config_of(students, *, teacher=TEACHER, seeds=(0,), **further):
-    """Return a study of narrow networks on twenty digits, two steps an epoch."""
+    """Return a study of shallow networks on twenty digits, two steps an epoch."""
     config = digits.get_config("smoke")
-    config.student.width = config.teacher.width = 2
+    config.student, config.teacher = (base.network("resnet8", "random") for _ in range(2))
     config.data.update({"image_size": 8, "eval_resize": 8, "labels_per_class": 2})
     config.study = base.study(seeds, students, teacher, **further)
     return config

@@ -3,6 +3,7 @@
 A loss is added by one class in a module here, and switched on by one line of a config.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pkgutil import iter_modules
@@ -104,6 +105,7 @@ class Term(NamedTuple):
 Own = Mapping[str, tuple[Any, Loss | Callable[[Outputs, Outputs, Batch], Value]]]
 
 
+@functools.cache
 def fields_of(loss: type[Loss]) -> dict[str, Field]:
     """Return the fields of a term of the loss: its weight and its options."""
 
