@@ -159,7 +159,7 @@ class RunCheckpoints:
         step = int(state.step)
         ema = None if state.ema is None else _of_student(state.ema)
         student, training = _student(state), _training(state)
-        # A process that writes alone takes the arrays whole: of copies on several devices, Orbax would have each
+        # A process that writes alone takes arrays whole: of copies on several devices, Orbax would have each
         # give a slice, and compile one for every shape.
         if not self._is_shared or jax.process_count() == 1:
             student, ema, training = jax.device_get((student, ema, training))

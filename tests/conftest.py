@@ -10,10 +10,9 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = os.environ.get("TAT_JAX_TEST_PLATFORMS", "cpu")  # `make gpu` says others
 # Programs of tests run for a moment: most of their time is the compiler's, and LLVM's optimisations and the
 # fusions that go through MLIR are two fifths of it. The proofs compile as users do.
-_QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 if os.environ["JAX_PLATFORMS"] == "cpu":
-    os.environ["XLA_FLAGS"] += f" {_QUICK}"
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # as it is in the workers, which so compile a program once
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tat_jax_tests_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"

@@ -52,7 +52,7 @@ ALL = {
     **{n: (f, (6, 5)) for n, f in (LOGITS | VECTORS).items()},
     **{n: (f, (6, 4, 4, 5)) for n, f in MAPS.items()},
 }
-# Each loss is compiled once for all tests: operation by operation, a gradient takes longer than a loss as one.
+# Each is compiled once for all tests: operation by operation, a single gradient would take longer.
 MEASURED = {name: (jax.jit(jax.value_and_grad(loss)), shape) for name, (loss, shape) in ALL.items()}
 BETWEEN_IMAGES = ("dist", "rkd", "pkt", "sp")
 

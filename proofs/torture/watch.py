@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# One file may take so long of processors: by the clock, a busy machine would say of a sound reader that it hangs.
+# One file may take so long of processors: by the clock, a sound reader hangs where the machine is busy.
 SECONDS = 10.0
 _PATIENCE = 6  # times as long by the clock
 # One file may take: 89 million pixels in Pillow's four bytes, in their mode and in RGB, and as bytes.

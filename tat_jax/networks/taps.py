@@ -20,6 +20,8 @@ _KEPT = "kept_for_tat_jax"  # an attribute that no network has
 _RETURNED = ""  # the name of what a module returned, beside those of what it sowed
 _OUT_OF_SIGHT = "jax.checkpoint, jax.vmap or jax.lax.scan"
 
+_HOLDS_OTHERS = (nnx.Pytree, list, tuple, Mapping)
+
 Modules = Mapping[str, nnx.Module]
 
 
@@ -29,12 +31,12 @@ def modules_of(network: nnx.Module) -> dict[str, nnx.Module]:
 
 
 def _walk(node: Any, path: str, above: tuple[int, ...]) -> Iterator[tuple[str, nnx.Module]]:
-    if id(node) in above:
-        return
     if isinstance(node, nnx.Module):
         yield path, node
+    above = (*above, id(node))
     for name, child in _children(node).items():
-        yield from _walk(child, _join(path, name), (*above, id(node)))
+        if isinstance(child, _HOLDS_OTHERS) and id(child) not in above:
+            yield from _walk(child, _join(path, name), above)
 
 
 def _children(node: Any) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def _children(node: Any) -> dict[str, Any]:
         return {str(i): child for i, child in enumerate(node)}
     if isinstance(node, nnx.Dict | Mapping):
         return {str(name): child for name, child in node.items()}
-    return vars(node) if isinstance(node, nnx.Pytree) else {}
+    return vars(node)
 
 
 def _join(path: str, name: str) -> str:
