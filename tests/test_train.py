@@ -37,6 +37,9 @@ from tat_jax.weights import folders, store
 from tests.interpreter import children
 from tests.tiny import Dropping, Tiny
 
+# These are about runs; annotations of every call for every image are checked where images are.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 def config_of(**changes):
     """Return a run of three steps an epoch, the last one short, on digits."""
