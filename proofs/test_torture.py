@@ -80,7 +80,7 @@ def test_a_disk_that_is_full_or_read_only_or_loses_the_folder_costs_no_good_chec
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(whole):
-    assert_survived(disk.damaged_checkpoints(whole, files=8))
+    assert_survived(disk.damaged_checkpoints(whole, files=4))
 
 
 def test_memory_files_and_speed_that_change_in_a_long_run_are_seen():
