@@ -7,11 +7,13 @@ import pytest
 from flax import nnx
 
 from tat_jax import evaluate, train
+from tat_jax.batch import Batch
 from tat_jax.build import build
 from tat_jax.configs import cifar100
+from tat_jax.losses.simkd import SimKD
 from tat_jax.networks import construct
 from tat_jax.networks.heads import Frozen
-from tat_jax.networks.view import View
+from tat_jax.networks.view import Outputs, View
 from tat_jax.sharding import make_mesh
 from tat_jax.weights import store
 
@@ -119,3 +121,12 @@ def test_class_maps_of_other_classes_cannot_be_compared():
     config.losses.catkd.teacher_tap = "stage3"
     with pytest.raises(ValueError, match=r"catkd: class maps of 10 classes .* a teacher's of 64"):
         built(config)
+
+
+def test_simkd_averages_a_teacher_s_larger_map_over_the_student_s_grid():
+    ours, theirs = drawn((3, 4, 4, 5), 1), drawn((3, 8, 8, 5), 2)
+    batch = Batch(np.zeros((3, 1, 1, 3), np.uint8), None, np.ones(3, bool))
+    found = SimKD()(Outputs(None, {"projected": ours}), Outputs(None, {"stage3": theirs}), batch, train=True)
+    averages = np.asarray(theirs, np.float64).reshape(3, 4, 2, 4, 2, 5).mean((2, 4))
+    expected = ((np.asarray(ours, np.float64) - averages) ** 2).mean((1, 2, 3))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
