@@ -224,6 +224,26 @@ def test_kd_and_dkd_compare_standardised_logits_where_they_are_told_to(x64):
         np.testing.assert_allclose(found.mean(), expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("name", "formula", "options"),
+    [
+        ("kd", losses.kd, {"temperature": 2.0}),
+        ("dkd", losses.dkd, {"alpha": 2.0, "beta": 3.0, "temperature": 2.0}),
+        ("nkd", losses.nkd, {"gamma": 2.0, "temperature": 2.0}),
+        ("dist", losses.dist, {"beta": 2.0, "gamma": 3.0, "temperature": 2.0}),
+        ("rkd", losses.rkd, {"distance": 2.0, "angle": 3.0}),
+        ("catkd", losses.class_attention, {"resolution": 1, "normalize": True}),
+    ],
+)
+def test_a_loss_of_a_config_is_its_formula_with_the_options_of_the_config(name, formula, options, x64):
+    student, teacher = drawn(ALL[name][1], 1), drawn(ALL[name][1], 2)
+    batch = batch_of(6)._replace(label=LABELS)
+    shown = [Outputs(x, dict.fromkeys(("pooled", "class_maps"), x)) for x in (student, teacher)]
+    found = LOSSES[name](**options)(*shown, batch, train=True)
+    labels = (LABELS,) if name in ("dkd", "nkd") else ()
+    np.testing.assert_allclose(found.mean(), formula(student, teacher, *labels, **options), rtol=1e-12)
+
+
 def outputs(**taps):
     return Outputs(None, taps)
 
