@@ -40,7 +40,11 @@ def x64():
 
 @pytest.fixture
 def unchecked():
-    """Leave annotations unchecked: functions refuse shapes themselves, and runs are a third shorter."""
+    """Leave annotations unchecked.
+
+    Where functions are to refuse shapes themselves; and in tests about runs, of whose time checks of every
+    call for every image are a third, and are made where images are tested.
+    """
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

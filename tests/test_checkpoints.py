@@ -21,7 +21,6 @@ from tat_jax.weights import folders, store
 from tat_jax.weights.orbax_quiet import try_to_read
 from tests.tiny import Tiny
 
-# These are about runs; annotations of every call for every image are checked where images are.
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 

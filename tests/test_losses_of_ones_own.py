@@ -14,7 +14,6 @@ from tat_jax.weights import folders, store
 from tests.test_train import config_of
 from tests.tiny import Tiny
 
-# These are about runs; annotations of every call for every image are checked where images are.
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 

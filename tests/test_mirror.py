@@ -21,7 +21,6 @@ from tests.emulator import Faults
 from tests.test_main import read, refusal
 from tests.test_train import assert_same_run, config_of, run
 
-# These are about runs; annotations of every call for every image are checked where images are.
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 GONE = ("404 Not Found", "NoSuchBucket")

@@ -19,7 +19,6 @@ from tat_jax.weights import store
 from tests.images import encode, photograph
 from tests.tiny import Tiny
 
-# These are about runs; annotations of every call for every image are checked where images are.
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 NOW = {"classes": ["cat", "dog"], "teacher": "1" * 64, "versions": {"jax": "2"}}

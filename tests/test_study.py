@@ -14,7 +14,6 @@ from tat_jax import evaluate, experiment, run_folder, study, train, variants
 from tat_jax.configs import base, compare, digits
 from tat_jax.metrics import read_rows
 
-# These are about runs; annotations of every call for every image are checked where images are.
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 KD = {"losses": {"cross_entropy": {"weight": 0.5}, "kd": {"weight": 0.5}}}

@@ -13,7 +13,6 @@ from tat_jax.sharding import make_mesh
 from tat_jax.signals import Interrupted
 from tests.test_study import KD, config_of
 
-# These are about runs; annotations of every call for every image are checked where images are.
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 

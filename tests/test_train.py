@@ -37,7 +37,6 @@ from tat_jax.weights import folders, store
 from tests.interpreter import children
 from tests.tiny import Dropping, Tiny
 
-# These are about runs; annotations of every call for every image are checked where images are.
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 

@@ -95,9 +95,7 @@ def _input(case: Case, name: str, scale: float = 1.0) -> jax.Array:
     return jnp.asarray(channels_last(draw(path, case["shapes"][path], scale)))
 
 
-def _function(
-    case: Case, loss: Callable[..., Any], student: jax.Array, *others: Any, parts: Any = None
-) -> Measured:
+def _function(loss: Callable[..., Any], student: jax.Array, *others: Any, parts: Any = None) -> Measured:
     value, gradient = jax.jit(jax.value_and_grad(lambda student: loss(student, *others)))(student)
     return Measured(float(value), parts or {}, {"student": channels_first(np.asarray(gradient))})
 
@@ -110,7 +108,7 @@ def _logits(case: Case) -> tuple[jax.Array, jax.Array, np.ndarray]:
 
 def _kd(case: Case) -> Measured:
     student, teacher, _ = _logits(case)
-    return _function(case, lambda s: losses.kd(s, teacher, temperature=case["hyper"]["T"]), student)
+    return _function(lambda s: losses.kd(s, teacher, temperature=case["hyper"]["T"]), student)
 
 
 def _standardized(case: Case) -> Measured:
@@ -125,7 +123,7 @@ def _standardized(case: Case) -> Measured:
             return losses.dkd(ours, target, labels, temperature=hyper["base_temperature"], **weights)
         return losses.kd(ours, target, temperature=hyper["base_temperature"])
 
-    return _function(case, loss, student)
+    return _function(loss, student)
 
 
 def _dkd(case: Case) -> Measured:
@@ -136,7 +134,7 @@ def _dkd(case: Case) -> Measured:
         return losses.dkd(s, teacher, labels, alpha=alpha, beta=beta, temperature=temperature)
 
     parts = {"tckd": float(loss(student, 1.0, 0.0)), "nckd": float(loss(student, 0.0, 1.0))}
-    return _function(case, loss, student, hyper["alpha"], hyper["beta"], parts=parts)
+    return _function(loss, student, hyper["alpha"], hyper["beta"], parts=parts)
 
 
 def _dist(case: Case) -> Measured:
@@ -148,7 +146,7 @@ def _dist(case: Case) -> Measured:
 
     beta, gamma = float(hyper["beta"]), float(hyper["gamma"])
     parts = {"inter": float(loss(student, beta, 0.0)), "intra": float(loss(student, 0.0, gamma))}
-    return _function(case, loss, student, beta, gamma, parts=parts)
+    return _function(loss, student, beta, gamma, parts=parts)
 
 
 def _nkd(case: Case) -> Measured:
@@ -159,7 +157,7 @@ def _nkd(case: Case) -> Measured:
         return losses.nkd(s, teacher, labels, gamma=gamma, temperature=hyper["temp"])
 
     target = float(loss(student, 0.0))
-    measured = _function(case, loss, student, hyper["gamma"])
+    measured = _function(loss, student, hyper["gamma"])
     parts = {"target": target, "nontarget_weighted": float(loss(student, hyper["gamma"])) - target}
     return measured._replace(parts=parts)
 
@@ -171,8 +169,8 @@ def _rkd(case: Case) -> Measured:
         return losses.rkd(s, teacher, distance=distance, angle=angle)
 
     hyper = case["hyper"]
-    measured = _function(case, loss, student, float(hyper["w_d"]), float(hyper["w_a"]))
-    distance, angle = (_function(case, loss, student, *which) for which in ((1.0, 0.0), (0.0, 1.0)))
+    measured = _function(loss, student, float(hyper["w_d"]), float(hyper["w_a"]))
+    distance, angle = (_function(loss, student, *which) for which in ((1.0, 0.0), (0.0, 1.0)))
     parts = {"distance_unweighted": distance.loss, "angle_unweighted": angle.loss}
     alone = {
         "student_distance_only": distance.gradients["student"],
@@ -184,7 +182,7 @@ def _rkd(case: Case) -> Measured:
 def _of_maps(loss: Callable[..., Any]) -> Callable[[Case], Measured]:
     def measure(case: Case) -> Measured:
         teacher = _input(case, "teacher")
-        return _function(case, lambda s: loss(s, teacher), _input(case, "student"))
+        return _function(lambda s: loss(s, teacher), _input(case, "student"))
 
     return measure
 
@@ -375,11 +373,12 @@ def _review_alone(case: Case) -> Measured:
     names = sorted(path.rpartition("/")[2] for path in case["shapes"])
     student, teacher = ({n: _input(case, n) for n in names if n[0] == which} for which in "st")
 
-    def levels(student: Arrays) -> list[jax.Array]:
-        return [losses.hierarchical_context_loss(x, teacher[f"t{n[1:]}"]) for n, x in student.items()]
+    def loss(student: Arrays) -> tuple[jax.Array, jax.Array]:
+        levels = [losses.hierarchical_context_loss(x, teacher[f"t{n[1:]}"]) for n, x in student.items()]
+        return sum(levels, jnp.zeros(())), jnp.stack(levels)
 
-    value, gradients = jax.jit(jax.value_and_grad(lambda student: sum(levels(student))))(student)
-    parts = {"per_level": np.asarray(levels(student))}
+    (value, levels), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(student)
+    parts = {"per_level": np.asarray(levels)}
     return Measured(float(value), parts, {n: channels_first(np.asarray(g)) for n, g in gradients.items()})
 
 
@@ -419,7 +418,7 @@ def _drawn_norm(case: Case, which: str, norm: BatchNorm) -> dict[str, np.ndarray
 
 def _catkd(case: Case) -> Measured:
     teacher, hyper = _input(case, "teacher"), case["hyper"]
-    return _function(case, lambda s: losses.class_attention(s, teacher, **hyper), _input(case, "student"))
+    return _function(lambda s: losses.class_attention(s, teacher, **hyper), _input(case, "student"))
 
 
 def _simkd(case: Case) -> Measured:
