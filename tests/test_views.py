@@ -15,6 +15,7 @@ from tat_jax.build import all_terms, build_student, build_teacher, shapes_of
 from tat_jax.configs import base
 from tat_jax.data.sources import Digits
 from tat_jax.networks import own
+from tat_jax.networks.taps import modules_of
 from tat_jax.networks.view import MEAN, STD, Outputs, View, normalize, watch
 from tat_jax.usage import usage_of
 from tests.tiny import Tiny
@@ -84,6 +85,14 @@ def test_the_output_of_a_module_of_an_unmodified_network_is_read_by_its_path(run
     for path, value in zip(paths, expected, strict=True):
         np.testing.assert_allclose(taps[path], value, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(logits, model(images()), rtol=1e-5, atol=1e-6)
+
+
+def test_a_module_that_holds_what_holds_it_is_found_once():
+    tiny = Tiny(2, rngs=nnx.Rngs(0))
+    modules = {"", "conv1", "bn1", "conv2", "bn2", "fc"}
+    assert modules_of(tiny).keys() == modules
+    tiny.conv2.above = nnx.data({"network": tiny})
+    assert modules_of(tiny).keys() == modules
 
 
 def test_a_shared_module_has_the_output_of_its_one_call_under_each_of_its_paths():
