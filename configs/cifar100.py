@@ -30,6 +30,7 @@ class Pair(NamedTuple):
         negatives: of CRD, for each image.
         dkd: β of DKD.
         review: the weight of ReviewKD.
+        tat: the weight of TaT, of which none is published.
         catkd: weight, resolution and normalisation of CAT-KD.
         kd_standardized: temperature and weight of KD of standardised logits.
         dkd_standardized: temperature, weight and β of DKD of standardised logits.
@@ -41,6 +42,7 @@ class Pair(NamedTuple):
     negatives: int = 16_384
     dkd: float = 8.0
     review: float = 5.0
+    tat: float = 1.0
     catkd: tuple[float, int, bool] = (15.0, 2, False)
     kd_standardized: tuple[float, float] = (2.0, 9.0)
     dkd_standardized: tuple[float, float, float] = (2.0, 9.0, 8.0)
@@ -138,7 +140,7 @@ def _dkd_standardized(pair: Pair) -> dict[str, Any]:
 
 def _tat(pair: Pair) -> dict[str, Any]:
     asks = "teacher" if pair.student in _SMALLER else "student"
-    return {"tat": {"last": {"weight": 1.0, "asks": asks, **_last(pair)}}}
+    return {"tat": {"last": {"weight": pair.tat, "asks": asks, **_last(pair)}}}
 
 
 def _catkd(pair: Pair) -> dict[str, Any]:

@@ -8,8 +8,9 @@ Each teacher is trained once; the student alone, over the same seeds, is the con
 images is held out, so that a best epoch is chosen by images that are no test.
 
 `short` is for two cores and images in a folder: ResNet-20 → ResNet-8, 8 epochs with decays in proportion, 24
-for the teacher, thirteen methods with the weights that are published for ResNets of this family. It says how
-methods compare under it, and nothing of the published table.
+for the teacher, thirteen methods with the weights that are published for ResNets of this family. None is
+for TaT: of four weights it has the one that did best on held-out images (`tat_weight_cifar100`).
+It says how methods compare under it, and nothing of the published table.
 
 Published figures are RepDistiller's (of the last epoch) for methods up to CRD; those of ICKD's README without
 KL, whose epoch is not told and counts as the last; DKD's own and, for all others, those
@@ -26,7 +27,7 @@ from tat_jax.configs import base, cifar100
 from tat_jax.configs.cifar100 import PAIRS, Pair
 
 ALONE = "alone"
-_SHORT = Pair("resnet20", "resnet8", rise=1, dkd=2.0, review=0.6)
+_SHORT = Pair("resnet20", "resnet8", rise=1, dkd=2.0, review=0.6, tat=10.0)
 _SHORT_METHODS = (
     "kd",
     "fitnet",
