@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -15,6 +16,7 @@ from tat_jax.build import build
 from tat_jax.compiled import collectives
 from tat_jax.distill import TrainState
 from tat_jax.step import jit_train_step
+from tat_jax.together import jit_train_steps
 
 Arrays = Counter[tuple[int, ...]]  # how many there are of each shape
 
@@ -25,16 +27,16 @@ class CompiledStep(NamedTuple):
     Attributes:
         program: as it was compiled.
         state: before the first step.
-        others: the teacher and a batch.
+        others: the teacher and a batch, or one for each seed.
     """
 
     program: Any
     state: TrainState
-    others: tuple[Any, Batch]
+    others: tuple[Any, Batch | list[Batch]]
 
     def repeated(self, steps: int = 1) -> Callable[[], None]:
         """Return a function that takes so many further steps on the same batch, and waits for the last."""
-        state = self.state
+        state = jax.tree.map(jnp.copy, self.state)  # which is donated
 
         def call() -> None:
             nonlocal state
@@ -66,11 +68,12 @@ def compile_step(
     num_classes: int = 10,
     images: int | None = None,
     options: dict[str, Any] | None = None,
+    seeds: int | None = None,
 ) -> CompiledStep:
     """Compile the step of a config, on a batch of such rows, for the first so many devices.
 
     `images` are those of a training set, where a loss remembers them; `options` are XLA's, besides those of
-    training.
+    training. With `seeds`, it is the step of so many trainings at once, each on such a batch.
     """
     mesh = sharding.make_mesh(jax.devices()[:devices])
     built = build(
@@ -81,9 +84,12 @@ def compile_step(
         labels=None if images is None else lambda: np.arange(images) % num_classes,
     )
     (batch,) = sharding.put_batches([rows], mesh)
-    others = built.teacher, batch
-    program = jit_train_step(built.recipe, mesh).lower(built.state, *others).compile(options)
-    return CompiledStep(program, built.state, others)
+    if seeds is None:
+        step, state, others = jit_train_step(built.recipe, mesh), built.state, (built.teacher, batch)
+    else:
+        step, others = jit_train_steps(built.recipe, mesh), (built.teacher, [batch] * seeds)
+        state = jax.tree.map(lambda leaf: jnp.stack([leaf] * seeds), built.state)
+    return CompiledStep(step.lower(state, *others).compile(options), state, others)
 
 
 def blank_rows(config: ConfigDict) -> Batch:

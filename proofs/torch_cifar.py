@@ -112,7 +112,7 @@ class CRD(nn.Module):
             functional.normalize(embed(x.pooled))
             for embed, x in zip(self.embed, (student, teacher), strict=True)
         ]
-        drawn = torch.randint(self.images, (len(labels), self.negatives))
+        drawn = torch.randint(self.images, (len(labels), self.negatives), device=labels.device)
         chosen = torch.cat([self.index[:, None], drawn], 1)
         noise, loss = self.negatives / self.images, functional.cross_entropy(student.logits, labels)
         for i, (v, rows) in enumerate(zip(made, self.memories[::-1], strict=True)):
