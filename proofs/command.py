@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,8 @@ def run_parts(parser: ArgumentParser, parts: Mapping[str, Part], document: Path)
 
     Exit with 1 if a line does not hold.
     """
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(parts)}; else all")
+    add_parts(parser, parts)
     options = parser.parse_args()
-    if unknown := set(options.parts) - set(parts):
-        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
     broken: list[Line] = []
     for name in options.parts or parts:
         announce(name)
@@ -39,6 +37,18 @@ def run_parts(parser: ArgumentParser, parts: Mapping[str, Part], document: Path)
         jax.clear_caches()
     if broken:
         sys.exit(f"{len(broken)} do not hold:\n{table(broken)}")
+
+
+def add_parts(parser: ArgumentParser, parts: Iterable[str], *, metavar: str = "PART") -> None:
+    """Add the choice of `parts`, of which none stands for all."""
+    names = ", ".join(parts)
+
+    def part(text: str) -> str:
+        if text not in parts:
+            raise argparse.ArgumentTypeError(f"no {metavar.lower()} {text}; there are {names}")
+        return text
+
+    parser.add_argument("parts", nargs="*", type=part, metavar=metavar, help=f"{names}; else all")
 
 
 def add_json(parser: ArgumentParser) -> None:

@@ -208,6 +208,8 @@ class StepLog:
         Raises:
             FloatingPointError: a loss term or the gradient of the step before is not finite.
         """
+        for value in metrics.values():
+            value.copy_to_host_async()  # as soon as it is there, and not when it is read
         self._read()
         self._pending = step, metrics, images
 

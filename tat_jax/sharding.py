@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -252,7 +253,18 @@ class Agreement:
 
 
 def put_batches(batches: Iterable[Any], mesh: Mesh) -> Iterator[Any]:
-    """Yield each batch of this process's rows as a global array split over the devices."""
-    sharding = batched(mesh)
-    for batch in batches:
-        yield jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+    """Yield each batch of this process's rows as a global array split over the devices.
+
+    A thread reads and puts the next one while the devices are given their work on this one.
+    """
+    rows, sharding = iter(batches), batched(mesh)
+
+    def put_next() -> Any:
+        batch = next(rows, None)
+        return jax.tree.map(lambda part: jax.make_array_from_process_local_data(sharding, part), batch)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="put_batches") as thread:
+        coming = thread.submit(put_next)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(put_next)
+            yield batch

@@ -23,7 +23,7 @@ from tat_jax.networks import OwnNetwork
 from tat_jax.parts import Parts, open_parts
 from tat_jax.position import Position
 from tat_jax.signals import Interrupted, StopSignals
-from tat_jax.step import TrainStep, places_of
+from tat_jax.step import FlatState, TrainStep, flatten_state, places_of
 from tat_jax.summary import opening, summarize
 from tat_jax.usage import as_json, usage_of
 
@@ -88,7 +88,7 @@ class Training:
         self._data, self._eval_data, self._signals = data, eval_data, signals
         self._show = jax.process_index() == 0
         self._evaluator = open_evaluator(config, eval_data, mesh, built, held_out)
-        self._step_fn = TrainStep(built.recipe, mesh)
+        self._step_fn = TrainStep(built.recipe, mesh, built.teacher)
         self._agreement = sharding.Agreement(mesh)
         source = data.source
         made_of = class_names(source), built.teacher_digest, len(eval_data.source)
@@ -160,7 +160,7 @@ class Training:
             raise ValueError(f"{there}, and data.root holds {images:,} now")
         state = restored.state if restored else self._built.state
         state = sharding.resharded(state, places_of(state, self._mesh))
-        self._read_state: Callable[[], TrainState] = lambda: state
+        self._read_state: Callable[[], TrainState] = flatten_state(state)
         step, steps_per_epoch = int(state.step), self._data.steps_per_epoch
         self._position = Position(step, steps_per_epoch, images, self._config.batch_size)
         first = self._built.recipe.task.evaluates_first
@@ -206,9 +206,11 @@ class Training:
 
     def take_step(self, batch: Batch) -> None:
         """Take a step, and log the one before; see `count_step`."""
+        read_state = self._read_state
+        before = read_state if isinstance(read_state, FlatState) else flatten_state(read_state())
         with jax.transfer_guard("disallow"):  # all that a step needs is on the devices
-            state, metrics = self._step_fn(self.state, self._built.teacher, batch)
-        self.count_step(lambda: state, metrics)
+            after, metrics = self._step_fn(before, batch)
+        self.count_step(after, metrics)
 
     def count_step(self, read_state: Callable[[], TrainState], metrics: Metrics) -> None:
         """Go on from the state after a step, and log the step before.

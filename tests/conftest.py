@@ -13,6 +13,8 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("TAT_JAX_TEST_PLATFORMS", "cpu")  #
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+else:  # runs are to repeat each other to the bit
+    os.environ["XLA_FLAGS"] += " --xla_gpu_deterministic_ops=true"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # as it is in the workers, which so compile a program once
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tat_jax_tests_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"

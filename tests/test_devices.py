@@ -5,6 +5,7 @@ import re
 import sys
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -73,6 +74,30 @@ def test_evaluation_counts_every_image_once_whatever_the_devices():
 @pytest.mark.parametrize(("devices", "batch_size", "size"), [(1, 7, 7), (3, 256, 258), (8, 8, 8), (8, 1, 8)])
 def test_a_batch_for_evaluation_grows_to_a_multiple_of_the_devices(devices, batch_size, size):
     assert sharding.round_up(batch_size, sharding.make_mesh(jax.devices()[:devices])) == size
+
+
+def test_batches_are_put_ahead_up_to_the_one_that_cannot_be_read_and_closed_with_whoever_takes_them():
+    def read(log):
+        try:
+            for number in range(3):
+                log.append(number)
+                yield np.full(8, number)
+            raise OSError("the disk is gone")
+        finally:
+            log.append("closed")
+
+    mesh, log = sharding.make_mesh(), []
+    batches = sharding.put_batches(read(log), mesh)
+    assert [int(next(batches)[0]) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
+    assert log == [0, 1, 2, "closed"]
+
+    log.clear()
+    batches = sharding.put_batches(read(log), mesh)
+    assert int(next(batches)[0]) == 0
+    batches.close()
+    assert log == [0, 1, "closed"]
 
 
 def test_processes_that_have_not_the_same_config_images_or_weights_are_told_and_gather_no_weights():

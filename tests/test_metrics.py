@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -24,7 +25,7 @@ def log(tmp_path):
 
 
 def add(log, step, **metrics):
-    log.add({name: np.float32(value) for name, value in metrics.items()}, step, images=1)
+    log.add({name: jnp.float32(value) for name, value in metrics.items()}, step, images=1)
     log.flush()
 
 

@@ -226,9 +226,10 @@ def in_blocks(request, monkeypatch):
     monkeypatch.setattr(tat_fused, "fits", lambda *maps, heads: False)
 
 
+# Of bfloat16, eight roundings of 2⁻⁸: a CPU's gradients are off by 0.015 at most, a GPU's by 0.021.
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(np.float64, 1e-13), (np.float32, 1e-5), (jnp.bfloat16, 0.02)]
+    ("dtype", "tolerance"), [(np.float64, 1e-13), (np.float32, 1e-5), (jnp.bfloat16, 0.03)]
 )
 def test_blocks_of_queries_give_the_loss_and_the_gradients_of_all_at_once(
     dtype, tolerance, heads, in_blocks, x64

@@ -168,7 +168,7 @@ class Watched:
             memory = None
 
             def __call__(self, state, *arguments):
-                number = int(np.asarray(state.step))
+                number = int(np.asarray(state().step))
                 state, metrics = of_step(state, *arguments)
                 watched.events.append(("step", number))
                 watched._of_step[id(metrics["loss"])] = number, metrics
@@ -183,7 +183,7 @@ class Watched:
 
 
 def test_a_whole_run_short_batches_and_continuing_included_compiles_one_step(tmp_path, monkeypatch):
-    jit, steps = step.jit_train_step, []
+    jit, steps = step._jit, []
 
     class Counted:
         def __init__(self, *arguments):
@@ -194,7 +194,7 @@ def test_a_whole_run_short_batches_and_continuing_included_compiles_one_step(tmp
             self.lowered += 1
             return self._jitted.lower(*arguments)
 
-    monkeypatch.setattr(step, "jit_train_step", Counted)
+    monkeypatch.setattr(step, "_jit", Counted)
     config = config_of(epochs=1)
     assert 40 % config.batch_size  # the last batch is short
     run(config, tmp_path)

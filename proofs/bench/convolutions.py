@@ -6,7 +6,6 @@ MobileNetV2 at 224², batch 8; else all. In float32 on a CPU, compiled as the tr
 channels-last. It tells where the step's time goes.
 """
 
-from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 from einops import rearrange
 
 from proofs.bench.sidebyside import Row, compare_times, main
+from proofs.command import add_parts
 from proofs.report import announce
 from tat_jax.networks.depthwise import depthwise_conv
 from tat_jax.step import CPU_OPTIONS
@@ -112,10 +112,10 @@ KINDS: Mapping[str, tuple[int, tuple[Convolution, ...]]] = {  # a batch, and wha
 }
 
 
-def measure(networks: Sequence[str]) -> list[Row]:
+def measure(parts: Sequence[str]) -> list[Row]:
     """Compare every kind of the named networks; of those that read images, the input needs no gradient."""
     jax.config.update("jax_platforms", "cpu")
-    chosen = [KINDS[name] for name in networks or KINDS]
+    chosen = [KINDS[name] for name in parts or KINDS]
     return [
         row
         for batch, kinds in chosen
@@ -195,10 +195,5 @@ def _pytorch(kind: Convolution, x: np.ndarray, kernel: np.ndarray) -> dict[str, 
     }
 
 
-def add_options(parser: ArgumentParser) -> None:
-    """Add the choice of networks."""
-    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"{', '.join(KINDS)}; else all")
-
-
 if __name__ == "__main__":
-    main(__doc__, measure, add_options=add_options)
+    main(__doc__, measure, add_options=lambda parser: add_parts(parser, KINDS, metavar="NETWORK"))

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from proofs.bench import memory, scaling, segmentation
 from proofs.bench.memory import Figures
-from proofs.command import add_json, make_parser, publish, to_write
+from proofs.command import add_json, add_parts, make_parser, publish, to_write
 from proofs.report import markdown_table
 
 
@@ -83,7 +83,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     add_json(parser)
     parser.add_argument("--plot", type=to_write, metavar="FILE", help="draw all of them into this file")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; else all")
+    add_parts(parser, PARTS)
     options = parser.parse_args()
     if options.plot and options.parts:
         parser.error("--plot draws all parts: name none")

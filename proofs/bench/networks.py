@@ -4,7 +4,6 @@
 Ours is compiled as the training step is, PyTorch works channels-last.
 """
 
-from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from einops import rearrange
 from flax import nnx
 
 from proofs.bench.sidebyside import Row, compare_times, main
+from proofs.command import add_parts
 from proofs.others import timm
 from proofs.report import announce
 from tat_jax import networks
@@ -26,10 +26,10 @@ SIZE, CLASSES = 224, 1000
 BATCHES: Mapping[str, int] = {"vit_small_patch16_224": 16, "convnext_tiny": 8, "resnet18": 16}
 
 
-def measure(names: Sequence[str]) -> list[Row]:
+def measure(parts: Sequence[str]) -> list[Row]:
     """Compare the named networks, else all."""
     jax.config.update("jax_platforms", "cpu")
-    return [row for name in names or BATCHES for row in measure_one(name, batch=BATCHES[name], size=SIZE)]
+    return [row for name in parts or BATCHES for row in measure_one(name, batch=BATCHES[name], size=SIZE)]
 
 
 def measure_one(name: str, *, batch: int, size: int) -> list[Row]:
@@ -63,10 +63,5 @@ def _timm(name: str, images: np.ndarray, *, compiled: bool) -> Callable[[], obje
     return torch.no_grad()(lambda: forward(pixels))
 
 
-def add_options(parser: ArgumentParser) -> None:
-    """Add the choice of networks."""
-    parser.add_argument("names", nargs="*", metavar="NETWORK", help=f"{', '.join(BATCHES)}; else all")
-
-
 if __name__ == "__main__":
-    main(__doc__, measure, add_options=add_options)
+    main(__doc__, measure, add_options=lambda parser: add_parts(parser, BATCHES, metavar="NETWORK"))

@@ -8,7 +8,6 @@ would take all of what the maker promises. PyTorch works channels-last, and its 
 algorithms, as XLA does.
 """
 
-from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from proofs import torch_step
 from proofs.bench import cifar, segmentation
 from proofs.bench.full_size import full_size
 from proofs.bench.sidebyside import Row, compare_times, main
+from proofs.command import add_parts
 from proofs.compiled_step import compile_step
 from proofs.report import announce
 from proofs.torch_resnet import random_torch_resnet
@@ -136,10 +136,5 @@ PARTS: Mapping[str, Callable[[], list[Row]]] = {
 }
 
 
-def add_options(parser: ArgumentParser) -> None:
-    """Add the choice of parts."""
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; else all")
-
-
 if __name__ == "__main__":
-    main(__doc__, measure, add_options=add_options)
+    main(__doc__, measure, add_options=lambda parser: add_parts(parser, PARTS))

@@ -12,7 +12,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 
-from proofs.bench import step
+from proofs.bench import cifar, step, together
 from proofs.command import Part, make_parser, run_parts
 from proofs.gpu import kill, large_maps, loop, precision, suite
 from proofs.photographs import add_photos
@@ -23,6 +23,8 @@ PARTS: Mapping[str, Part] = {
     "tests": lambda _: suite.results(),
     "fidelity": lambda chosen: precision.claims(chosen.photos),
     "step": lambda _: step.classification(),
+    "cifar": lambda _: cifar.measure(),
+    "together": lambda _: together.measure(),
     "loss": lambda _: large_maps.measure(),
     "loop": lambda chosen: loop.measure(chosen.photos),
     "kill": lambda _: kill.faults(),

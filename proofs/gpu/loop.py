@@ -22,11 +22,12 @@ def measure(photos: list[Photograph]) -> list[Row]:
         write_folder(photos, root, EPOCH)
         config = full_size(on_gpu=True)
         config.data.source, config.data.root = "imagefolder", str(root)
-        what = (
-            f"training on photographs, 224², batch {config.batch_size}, {config.dtype}, beside its bare step"
-        )
         jax.config.update("jax_compilation_cache_dir", str(root / "cache"))  # both sides compile the same
-        return [loop.measure_one(what, config, steps=STEPS, bound=None, rounds=2, epoch=EPOCH)]
+        return [
+            loop.measure_one(
+                f"photographs, 224², {config.dtype}", config, steps=STEPS, bound=None, rounds=2, epoch=EPOCH
+            )
+        ]
 
 
 def write_folder(photos: list[Photograph], root: Path, images: int) -> None:

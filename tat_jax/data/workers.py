@@ -22,7 +22,9 @@ from tat_jax.data.shared import Layout, Slot, allocate, freeze
 from tat_jax.data.worker import DONE, TASK, Files
 
 AHEAD = 3  # batches that are read at a time
-HELD = 3  # batches that whoever takes them may hold without their being copied; JAX lets go of them late
+# Batches that whoever takes them may hold without their being copied: one is put on the devices ahead of its
+# step, and JAX lets go of them late.
+HELD = 4
 INTERPRETER = 50 * 2**20  # bytes that a process takes before it reads
 _ROWS = 32  # of a task at most
 _RETRY = 0.01  # seconds until a pipe that was full is tried again
