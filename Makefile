@@ -43,8 +43,8 @@ bench: $(VENV)/installed-$(ACCELERATOR)-bench
 	$(BIN)/python -m proofs.bench.convolutions --json runs/bench/convolutions.json
 	$(BIN)/python -m proofs.bench.networks --json runs/bench/networks.json
 
-# What a machine with an NVIDIA GPU shows, in ten minutes, into docs/gpu.md. PARTS: some of tests, fidelity, step,
-# loss, loop, kill.
+# What a machine with an NVIDIA GPU shows, in twenty minutes, into docs/gpu.md. PARTS: some of tests, fidelity, step,
+# cifar, together, loss, loop, kill.
 gpu: $(VENV)/installed-$(ACCELERATOR)-test
 	$(BIN)/python -m proofs.gpu $(if $(PHOTOS),--photos $(PHOTOS)) $(PARTS)
 
