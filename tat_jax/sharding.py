@@ -257,11 +257,12 @@ def put_batches(batches: Iterable[Any], mesh: Mesh) -> Iterator[Any]:
 
     A thread reads and puts the next one while the devices are given their work on this one.
     """
-    rows, sharding = iter(batches), batched(mesh)
+    rows, sharding, has_float64 = iter(batches), batched(mesh), jax.config.x64_enabled
 
     def put_next() -> Any:
         batch = next(rows, None)
-        return jax.tree.map(lambda part: jax.make_array_from_process_local_data(sharding, part), batch)
+        with jax.enable_x64(has_float64):  # which each thread has for itself
+            return jax.tree.map(lambda part: jax.make_array_from_process_local_data(sharding, part), batch)
 
     with ThreadPoolExecutor(1, thread_name_prefix="put_batches") as thread:
         coming = thread.submit(put_next)

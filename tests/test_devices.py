@@ -100,6 +100,11 @@ def test_batches_are_put_ahead_up_to_the_one_that_cannot_be_read_and_closed_with
     assert log == [0, 1, "closed"]
 
 
+def test_batches_of_float64_stay_so_where_that_is_asked_for(x64):
+    (batch,) = sharding.put_batches([np.linspace(0, 1, 8)], sharding.make_mesh())
+    assert batch.dtype == np.float64
+
+
 def test_processes_that_have_not_the_same_config_images_or_weights_are_told_and_gather_no_weights():
     said = run_everywhere(Layout(2, 2), [sys.executable, "-m", "tests.differing"])
     answers = [json.loads(text.splitlines()[-1]) for text in said]

@@ -17,11 +17,13 @@ T = TypeVar("T")
 
 def try_to_read(read: Callable[..., T], *arguments: Any) -> tuple[T | None, str]:
     """Return what a function returns, and why it did not where it raised."""
-    with abandoned_unheard(""):
+    with _unheard(""):
         try:
             return read(*arguments), ""
         except Exception as error:  # Orbax raises whatever its storage layers raise.
-            return None, reason(error)
+            why = reason(error)
+        gc.collect()  # only now: half a second in a process that has much
+        return None, why
 
 
 @contextlib.contextmanager
@@ -31,6 +33,15 @@ def abandoned_unheard(said: str) -> Iterator[None]:
     Args:
         said: how what Python says of one begins; all begins with "".
     """
+    with _unheard(said):
+        try:
+            yield
+        finally:
+            gc.collect()
+
+
+@contextlib.contextmanager
+def _unheard(said: str) -> Iterator[None]:
     hook, of_callbacks, log = sys.unraisablehook, sys.excepthook, logging.getLogger("asyncio")
     disabled, log.disabled = log.disabled, True
 
@@ -48,7 +59,6 @@ def abandoned_unheard(said: str) -> Iterator[None]:
     try:
         yield
     finally:
-        gc.collect()
         sys.unraisablehook, sys.excepthook, log.disabled = hook, of_callbacks, disabled
 
 
