@@ -257,7 +257,8 @@ def put_batches(batches: Iterable[Any], mesh: Mesh) -> Iterator[Any]:
 
     A thread reads and puts the next one while the devices are given their work on this one.
     """
-    rows, sharding, has_float64 = iter(batches), batched(mesh), jax.config.x64_enabled
+    rows, sharding = iter(batches), batched(mesh)
+    has_float64 = jax.dtypes.canonicalize_dtype(float) == np.float64
 
     def put_next() -> Any:
         batch = next(rows, None)

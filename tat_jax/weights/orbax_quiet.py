@@ -22,7 +22,7 @@ def try_to_read(read: Callable[..., T], *arguments: Any) -> tuple[T | None, str]
             return read(*arguments), ""
         except Exception as error:  # Orbax raises whatever its storage layers raise.
             why = reason(error)
-        gc.collect()  # only now: half a second in a process that has much
+        gc.collect()
         return None, why
 
 
@@ -36,8 +36,9 @@ def abandoned_unheard(said: str) -> Iterator[None]:
     with _unheard(said):
         try:
             yield
-        finally:
-            gc.collect()
+        except BaseException:
+            gc.collect()  # only now: half a second in a process that has much
+            raise
 
 
 @contextlib.contextmanager
