@@ -57,7 +57,8 @@ def run_faults(whole: Path, *, sizes: Sequence[str] = SIZES) -> list[Fault]:
 def _full(folder: Path, whole: Path, size: str) -> Fault:
     """Run in a disk of a size until it is full, then make room and run on."""
     run = _run_isolated(folder, f"mount -t tmpfs -o size={size} none {folder}/disk")
-    wrong = _refused(run, "cannot save a checkpoint in", "No space left", "make room")
+    # Whichever comes first: a checkpoint that it cannot save, or another file that it cannot write.
+    wrong = _refused(run, "error: cannot ", f" in {run.folder}", "No space left", "make room")
     kept = folders.steps(folder / "kept" / "run")
     finish(folder / "kept" / "run", EPOCHS)
     wrong += differences(folder / "kept" / "run", whole)
