@@ -84,7 +84,7 @@ def _share_teacher(parts: Mapping[int, Parts]) -> dict[int, Parts]:
     """Return parts of which all have the arrays of one teacher.
 
     Raises:
-        ValueError: there are several, or the seeds differ in more than arrays.
+        ValueError: there are several.
     """
     (first, one), *_ = parts.items()
     shared = {}
@@ -93,11 +93,6 @@ def _share_teacher(parts: Mapping[int, Parts]) -> dict[int, Parts]:
             raise ValueError(
                 f"seeds {first} and {seed} have other teachers, as one of random weights is another for each "
                 "seed: name its weights, or set study.seeds_at_once to 1"
-            )
-        if of_seed.built.recipe.distillation != one.built.recipe.distillation:
-            raise ValueError(
-                f"the networks or losses of seeds {first} and {seed} differ in more than their arrays: set "
-                "study.seeds_at_once to 1"
             )
         shared[seed] = of_seed._replace(built=of_seed.built._replace(teacher=one.built.teacher))
     return shared
