@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from torch import nn
 
 from proofs import torch_step
-from proofs.bench.sidebyside import Row, compare_times
+from proofs.bench.sidebyside import GPU_STEPS, Row, compare_times
 from proofs.compiled_step import compile_step
 from proofs.report import announce
 from proofs.torch_cifar import CLASSES, CRD, KD, Review, TaT, TorchCifarResNet
@@ -24,7 +24,6 @@ from tat_jax.configs import cifar100
 
 PAIR = "resnet32x4-resnet8x4"
 IMAGES = 50_000  # that CRD remembers
-GPU_STEPS = 20  # at a time, as in `bench.step`
 _WIDTHS = (32, 64, 128, 256)
 METHODS: Mapping[str, Callable[[], nn.Module]] = {
     "kd": KD,

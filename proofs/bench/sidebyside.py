@@ -12,6 +12,8 @@ from proofs.report import table
 
 # Seconds before each call that is timed: PyTorch's threads go on spinning for a while after its own.
 _PAUSE = 0.4
+# At a time: waiting for each step would let a GPU idle, which works while the next steps are called.
+GPU_STEPS = 20
 
 
 class Row(NamedTuple):

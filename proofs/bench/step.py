@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from proofs import torch_step
 from proofs.bench import cifar, segmentation
 from proofs.bench.full_size import full_size
-from proofs.bench.sidebyside import Row, compare_times, main
+from proofs.bench.sidebyside import GPU_STEPS, Row, compare_times, main
 from proofs.command import add_parts
 from proofs.compiled_step import compile_step
 from proofs.report import announce
@@ -30,8 +30,6 @@ from proofs.torch_step import TorchStudent
 from tat_jax.batch import Batch
 
 SIZE, CLASSES = 224, 1000
-# At a time: waiting for each step would let a GPU idle, which works while the next steps are called.
-GPU_STEPS = 20
 # Operations a second in dense bfloat16 and bytes a second to memory, as NVIDIA states them for SXM cards.
 PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
 

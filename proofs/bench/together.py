@@ -1,20 +1,19 @@
 """Several seeds of a CIFAR-100 training at once on one device, beside the same seeds one after the other.
 
 `python -m proofs.bench.together [--json FILE]`. Steps of KD by the common protocol, batch 64, float32, random
-weights, without their input; on a GPU sixty for each seed at a time, on a CPU one.
+weights, without their input; on a GPU twenty for each seed at a time, on a CPU one.
 """
 
 import jax
 
 from proofs.bench.cifar import config_of, draw_batch
-from proofs.bench.sidebyside import Row, compare_times, main
+from proofs.bench.sidebyside import GPU_STEPS, Row, compare_times, main
 from proofs.compiled_step import compile_step
 from proofs.report import announce
 from proofs.torch_cifar import CLASSES
 
 PAIRS = ("resnet56-resnet20", "resnet32x4-resnet8x4")
 SEEDS = (3, 6, 12)
-_STEPS = 60
 
 
 def measure() -> list[Row]:
@@ -28,7 +27,7 @@ def measure_pair(pair: str) -> list[Row]:
     config = config_of(pair, "kd")
     batch = draw_batch(config)
     alone = compile_step(config, batch, num_classes=CLASSES)
-    steps = _STEPS if device == "gpu" else 1
+    steps = GPU_STEPS if device == "gpu" else 1
     rows = []
     for seeds in SEEDS:
         name = f"{pair}, kd, batch {config.batch_size}, {device}: {seeds} seeds at once, beside one by one"
