@@ -83,7 +83,7 @@ def compile_step(
         steps_per_epoch=1,
         labels=None if images is None else lambda: np.arange(images) % num_classes,
     )
-    (batch,) = sharding.put_batches([rows], mesh)
+    batch = sharding.put_batch(rows, mesh)
     if seeds is None:
         step, state, others = jit_train_step(built.recipe, mesh), built.state, (built.teacher, batch)
     else:

@@ -169,7 +169,7 @@ def _predict(
             if number := agreement([signals.received])[0]:
                 done = f"stopped after {seen.sum():,} of {count(len(seen), 'image')}"
                 raise Interrupted(done, number, then="begins anew")
-            (on_devices,) = sharding.put_batches([batch], mesh)
+            on_devices = sharding.put_batch(batch, mesh)
             logits, where = forward(graph, state, on_devices)
             signals.listen()  # nothing is lost while the first batch is compiled
             started = step * len(where), where, writer.compute(logits, on_devices, batch)

@@ -252,18 +252,22 @@ class Agreement:
         return jax.make_array_from_process_local_data(self._sharding, rows)
 
 
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """Return a batch of this process's rows as global arrays split over the devices."""
+    sharding = batched(mesh)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+
+
 def put_batches(batches: Iterable[Any], mesh: Mesh) -> Iterator[Any]:
-    """Yield each batch of this process's rows as a global array split over the devices.
+    """Yield each batch as `put_batch` returns it.
 
     A thread reads and puts the next one while the devices are given their work on this one.
     """
-    rows, sharding = iter(batches), batched(mesh)
-    has_float64 = jax.dtypes.canonicalize_dtype(float) == np.float64
+    rows, has_float64 = iter(batches), jax.dtypes.canonicalize_dtype(float) == np.float64
 
     def put_next() -> Any:
-        batch = next(rows, None)
         with jax.enable_x64(has_float64):  # which each thread has for itself
-            return jax.tree.map(lambda part: jax.make_array_from_process_local_data(sharding, part), batch)
+            return put_batch(next(rows, None), mesh)
 
     with ThreadPoolExecutor(1, thread_name_prefix="put_batches") as thread:
         coming = thread.submit(put_next)

@@ -107,7 +107,7 @@ def compile_step(built: Built, reading: Reading, mesh: Mesh) -> tuple[str, Step]
         MemoryError: that is less.
     """
     since = time.monotonic()
-    (first,) = sharding.put_batches([reading.first], mesh)
+    first = sharding.put_batch(reading.first, mesh)
     others = built.teacher, first
     program: Any = jit_train_step(built.recipe, mesh).lower(built.state, *others).compile()
     seconds = time.monotonic() - since

@@ -47,9 +47,7 @@ def test_runs_of_several_seeds_at_once_are_those_of_each_alone(tmp_path):
         assert ends[seed]["last"]["step"] == 4
 
 
-def test_one_that_is_stopped_saves_all_and_goes_on_within_an_epoch_with_one_that_is_behind(
-    tmp_path, monkeypatch
-):
+def test_one_that_is_stopped_saves_all_and_goes_on_alone_or_with_one_that_is_behind(tmp_path, monkeypatch):
     folders = {seed: tmp_path / f"seed{seed}" for seed in (0, 1)}
     train.run(training(0), tmp_path / "whole")
     count_step, asked = train.Training.count_step, []
@@ -65,9 +63,12 @@ def test_one_that_is_stopped_saves_all_and_goes_on_within_an_epoch_with_one_that
         with pytest.raises(Interrupted, match="stopped at step 3 of 4"):
             together.run(training(), folders)
     assert all((folder / "checkpoints" / "3").is_dir() for folder in folders.values())
+    shutil.copytree(folders[0], tmp_path / "alone")
+    train.run(training(0), tmp_path / "alone")
     shutil.rmtree(folders[1])
     ends = together.run(training(), folders)
-    assert_same(read_rows(folders[0]), read_rows(tmp_path / "whole"))
+    for folder in (tmp_path / "alone", folders[0]):
+        assert_same(read_rows(folder), read_rows(tmp_path / "whole"))
     assert ends[1]["last"]["step"] == 4
 
 

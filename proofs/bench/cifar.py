@@ -7,7 +7,6 @@ float32; on a GPU twenty steps at a time.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 import torch
 from einops import rearrange
@@ -15,7 +14,7 @@ from ml_collections import ConfigDict
 from torch import nn
 
 from proofs import torch_step
-from proofs.bench.sidebyside import GPU_STEPS, Row, compare_times
+from proofs.bench.sidebyside import GPU_STEPS, Row, compare_times, shared_device
 from proofs.compiled_step import compile_step
 from proofs.report import announce
 from proofs.torch_cifar import CLASSES, CRD, KD, Review, TaT, TorchCifarResNet
@@ -40,8 +39,8 @@ def measure() -> list[Row]:
 
 def measure_one(method: str) -> Row:
     """Compare the step of one method."""
-    on_gpu = torch.cuda.is_available() and jax.default_backend() == "gpu"
-    device, steps = ("cuda", GPU_STEPS) if on_gpu else ("cpu", 1)
+    device = shared_device()
+    steps = GPU_STEPS if device == "cuda" else 1
     config = config_of(PAIR, method)
     name = f"CIFAR-100, {PAIR}, {method}, batch {config.batch_size}, float32, {device}, beside PyTorch eager"
     announce(name)

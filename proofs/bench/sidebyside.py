@@ -5,7 +5,9 @@ from argparse import ArgumentParser
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+import torch
 
 from proofs.command import add_json, make_parser, publish
 from proofs.report import table
@@ -14,6 +16,11 @@ from proofs.report import table
 _PAUSE = 0.4
 # At a time: waiting for each step would let a GPU idle, which works while the next steps are called.
 GPU_STEPS = 20
+
+
+def shared_device() -> str:
+    """Return where both sides compute, as PyTorch calls it: a GPU if both have one."""
+    return "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
 
 
 class Row(NamedTuple):

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from proofs import torch_step
 from proofs.bench import cifar, segmentation
 from proofs.bench.full_size import full_size
-from proofs.bench.sidebyside import GPU_STEPS, Row, compare_times, main
+from proofs.bench.sidebyside import GPU_STEPS, Row, compare_times, main, shared_device
 from proofs.command import add_parts
 from proofs.compiled_step import compile_step
 from proofs.report import announce
@@ -41,10 +41,11 @@ def measure(parts: Sequence[str]) -> list[Row]:
 
 def classification() -> list[Row]:
     """Compare with PyTorch eager and with `torch.compile`."""
-    on_gpu = torch.cuda.is_available() and jax.default_backend() == "gpu"
+    device = shared_device()
+    on_gpu = device == "cuda"
     config = full_size(on_gpu=on_gpu)
     batch_size = config.batch_size
-    device, steps = ("cuda", GPU_STEPS) if on_gpu else ("cpu", 1)
+    steps = GPU_STEPS if on_gpu else 1
     rng = np.random.default_rng(0)
     images = rng.normal(size=(batch_size, SIZE, SIZE, 3)).astype(np.float32)
     labels = rng.integers(0, CLASSES, batch_size).astype(np.int32)
