@@ -27,7 +27,7 @@ from tat_jax import checkpoint_layout
 from tat_jax.distill import TrainState
 from tat_jax.ema import student_of
 from tat_jax.weights import folders
-from tat_jax.weights.orbax_quiet import abandoned_unheard, reason, try_to_read
+from tat_jax.weights.orbax_quiet import abandoned_unheard, reason, try_to_read, wait_for_abandoned
 from tat_jax.weights.store import (
     EMA,
     NO_HEAD,
@@ -128,8 +128,9 @@ class RunCheckpoints:
             try:
                 self._manager.close()
             except Exception as failure:  # Orbax raises whatever its storage layers raise.
+                not_saved = self._not_saved(failure)
                 if error is None:
-                    raise self._not_saved(failure) from failure
+                    raise not_saved from failure
 
     def save(
         self,
@@ -198,6 +199,7 @@ class RunCheckpoints:
 
     def _not_saved(self, failure: Exception) -> Exception:
         """Return what to raise of a save that failed: of the disk, or where a process is gone of that."""
+        wait_for_abandoned()
         cause: BaseException = failure
         while cause.__cause__:
             cause = cause.__cause__

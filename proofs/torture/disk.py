@@ -58,7 +58,7 @@ def _full(folder: Path, whole: Path, size: str) -> Fault:
     """Run in a disk of a size until it is full, then make room and run on."""
     run = _run_isolated(folder, f"mount -t tmpfs -o size={size} none {folder}/disk")
     # Whichever comes first: a checkpoint that it cannot save, or another file that it cannot write.
-    wrong = _refused(run, "error: cannot ", f" in {run.folder}", "No space left", "make room")
+    wrong = _refused(run, "error: cannot ", f"{run.folder}", "No space left", "make room")
     kept = folders.steps(folder / "kept" / "run")
     finish(folder / "kept" / "run", EPOCHS)
     wrong += differences(folder / "kept" / "run", whole)
@@ -182,8 +182,7 @@ def _refused(run: Run, *said: str) -> list[str]:
     wrong = [] if run.process.returncode == 1 else [f"code {run.process.returncode}: {run.output[-300:]}"]
     wrong += [f"not said: {text}" for text in said if text not in run.output]
     if "Traceback" in run.output:
-        last = next(line for line in run.output.split("Traceback")[1].splitlines()[1:] if line[:1] != " ")
-        wrong.append(f"a stack trace: {last}")
+        wrong.append(f"a stack trace: {run.output.split('Traceback')[1][-1000:]}")
     return wrong
 
 

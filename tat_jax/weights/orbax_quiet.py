@@ -8,6 +8,7 @@ import contextlib
 import gc
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
@@ -17,13 +18,19 @@ T = TypeVar("T")
 
 def try_to_read(read: Callable[..., T], *arguments: Any) -> tuple[T | None, str]:
     """Return what a function returns, and why it did not where it raised."""
-    with _unheard(""):
+    with abandoned_unheard(""):
         try:
             return read(*arguments), ""
         except Exception as error:  # Orbax raises whatever its storage layers raise.
             why = reason(error)
-        gc.collect()
+        wait_for_abandoned()
         return None, why
+
+
+def wait_for_abandoned() -> None:
+    """Wait until the reads and writes abandoned beside one that failed come to their end, still unheard."""
+    time.sleep(0.5)  # nothing says when that is
+    gc.collect()
 
 
 @contextlib.contextmanager
@@ -33,16 +40,6 @@ def abandoned_unheard(said: str) -> Iterator[None]:
     Args:
         said: how what Python says of one begins; all begins with "".
     """
-    with _unheard(said):
-        try:
-            yield
-        except BaseException:
-            gc.collect()  # only now: half a second in a process that has much
-            raise
-
-
-@contextlib.contextmanager
-def _unheard(said: str) -> Iterator[None]:
     hook, of_callbacks, log = sys.unraisablehook, sys.excepthook, logging.getLogger("asyncio")
     disabled, log.disabled = log.disabled, True
 

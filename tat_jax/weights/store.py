@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from tat_jax.weights.orbax_quiet import abandoned_unheard, reason, try_to_read
+from tat_jax.weights.orbax_quiet import abandoned_unheard, reason, try_to_read, wait_for_abandoned
 
 Weights = dict[str, Any]
 NO_HEAD = "none"  # what an origin says of the head of a network without one, which gives no logits
@@ -141,7 +140,7 @@ def _save_items(folder: Path, items: ocp.args.Composite) -> None:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(folder, items)
     except Exception:
-        time.sleep(1)  # in which the writes that Orbax abandoned come to their end
+        wait_for_abandoned()
         raise
 
 
