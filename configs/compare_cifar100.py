@@ -10,7 +10,7 @@ images is held out, so that a best epoch is chosen by images that are no test.
 `short` is for two cores and images in a folder: ResNet-20 → ResNet-8, 8 epochs with decays in proportion, 24
 for the teacher, thirteen methods with the weights that are published for ResNets of this family. None is
 for TaT: of four weights it has the one that did best on held-out images (`tat_weight_cifar100`).
-It says how methods compare under it, and nothing of the published table.
+It says how methods compare under it, and nothing of the published table (docs/results.md).
 
 Published figures are RepDistiller's (of the last epoch) for methods up to CRD; those of ICKD's README without
 KL, whose epoch is not told and counts as the last; DKD's own and, for all others, those
