@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -269,6 +270,30 @@ def test_of_what_python_cannot_raise_only_what_orbax_abandons_is_unheard(tmp_pat
     try_to_read(lambda: str(Raises("whatever it is")))
     Raises("after reading")
     assert heard == ["another", "after writing", "after reading"]
+
+
+def test_a_write_that_ends_after_its_save_failed_is_unheard_beside_another_error_too(tmp_path, monkeypatch):
+    heard = []
+    close = ocp.CheckpointManager.close
+    abandoned = RuntimeError, RuntimeError("Event loop is closed"), None
+    write = threading.Timer(0.1, lambda: sys.excepthook(*abandoned))
+
+    def abandon(manager):
+        close(manager)
+        write.start()
+        raise OSError("a full disk")
+
+    def fail():
+        with RunCheckpoints(tmp_path) as checkpoints:
+            checkpoints.save(state_of(Tiny(2, rngs=nnx.Rngs(0))), arguments={}, position={})
+            raise ValueError("another error")
+
+    monkeypatch.setattr(sys, "excepthook", lambda _, error, __: heard.append(str(error)))
+    monkeypatch.setattr(ocp.CheckpointManager, "close", abandon)
+    with pytest.raises(ValueError, match="another error"):
+        fail()
+    write.join()
+    assert heard == []
 
 
 def test_metrics_that_were_changed_since_are_no_evaluation(tmp_path):
