@@ -198,7 +198,10 @@ class RunCheckpoints:
             raise self._not_saved(failure) from failure
 
     def _not_saved(self, failure: Exception) -> Exception:
-        """Return what to raise of a save that failed: of the disk, or where a process is gone of that."""
+        """Return what to raise of a save that failed: of the disk, or where a process is gone of that.
+
+        What Orbax abandoned beside it has come to its end then.
+        """
         wait_for_abandoned()
         cause: BaseException = failure
         while cause.__cause__:

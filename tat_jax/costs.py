@@ -24,7 +24,8 @@ def parameters(state: TrainState) -> dict[str, int]:
 def note(folder: Path, **known: int | None) -> None:
     """Write what is known of the costs of the run in `folder`, and keep what was known before."""
     told = {name: value for name, value in known.items() if value is not None}
-    paths.write(folder / _NAME, f"{json.dumps({**read(folder), **told}, indent=2)}\n".encode())
+    with paths.replacing(folder / _NAME) as partial:
+        partial.write_text(f"{json.dumps({**read(folder), **told}, indent=2)}\n")
 
 
 def read(folder: Path) -> Mapping[str, Any]:

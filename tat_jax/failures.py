@@ -30,12 +30,8 @@ def explain(error: Exception, *, processes: int = 1) -> str | None:
 
 def _of_files(error: OSError) -> str:
     named = f"{error.filename}: " if error.filename is not None else ""
-    return f"{named}{error.strerror}{way_out(error)}"
-
-
-def way_out(error: OSError) -> str:
-    """Return what to do where a disk or a user's share of it is full; else nothing."""
-    return "; make room there, and run the same command again" if error.errno in _FULL else ""
+    way_out = "; make room there, and run the same command again" if error.errno in _FULL else ""
+    return f"{named}{error.strerror}{way_out}"
 
 
 def _of_devices(message: str, processes: int) -> str:

@@ -7,8 +7,6 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from tat_jax.failures import way_out
-
 _ADDRESS = re.compile(r"[A-Za-z][\w+.-]+:/")
 _IN_BUCKET = re.compile(r"(gs|s3)://[^/?#\s]+")
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
@@ -82,7 +80,7 @@ def write(path: Path, data: bytes) -> None:
     except OSError as error:
         is_other = error.filename and not str(error.filename).startswith(f"{path}.")
         place = f" ({error.filename})" if is_other else ""
-        raise OSError(f"cannot write {path}: {error.strerror}{place}{way_out(error)}") from None
+        raise OSError(f"cannot write {path}: {error.strerror}{place}") from None
 
 
 def cache() -> Path:

@@ -489,7 +489,7 @@ def test_an_item_that_takes_long_gives_signs_of_life(tmp_path, monkeypatch, caps
     assert re.search(r"^memory … 0 s$", capsys.readouterr().err, re.MULTILINE)
 
 
-def test_every_training_of_a_study_is_checked_under_a_random_teacher(capsys):
+def test_every_training_of_a_study_is_checked_under_a_random_teacher(tmp_path, capsys):
     config = config_of(teacher=narrow("weights/not_yet_trained"))
     config.losses = {"cross_entropy": base.loss("cross_entropy", weight=1.0), "kd": base.loss("kd")}
     config.study = {
@@ -500,7 +500,7 @@ def test_every_training_of_a_study_is_checked_under_a_random_teacher(capsys):
             "kd": {"losses": {"kd": {"weight": 0.5}}},
         },
     }
-    assert not check.run(config, "run", student=tiny(4))
+    assert not check.run(config, tmp_path / "run", student=tiny(4))
     _, *parts = re.split(r"study, (.*):\n", capsys.readouterr().out)
     trainings = dict(zip(parts[::2], map(findings, parts[1::2]), strict=True))
     assert list(trainings) == ["teacher", "alone", "kd"]

@@ -188,9 +188,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_nothing_half_written_stays(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", fail)
-    with pytest.raises(
-        OSError, match=r"^cannot write .*/predictions.csv: No space left on device; make room"
-    ):
+    with pytest.raises(OSError, match=r"^cannot write .*/predictions.csv: No space left on device$"):
         predict.run(config_of(), "nowhere", weights, images, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
@@ -300,7 +298,7 @@ def test_a_full_disk_is_told_in_a_line_and_leaves_only_whole_files(deeplab, scen
         return write(path, data)
 
     monkeypatch.setattr(Path, "write_bytes", fail_at_the_tenth)
-    with pytest.raises(OSError, match=r"^cannot write .*\.(png|jpg): No space left on device; make room"):
+    with pytest.raises(OSError, match=r"^cannot write .*\.(png|jpg): No space left on device$"):
         predict.run(scenes_config(), "nowhere", deeplab, scenes, tmp_path / "out")
     left = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert 10 < len(left) < 96

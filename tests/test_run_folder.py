@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tat_jax import run_folder
+from tat_jax import costs, run_folder
 from tat_jax.configs import base, r18_r34, r18_r34_kd
 from tat_jax.experiment import FIELDS
 from tat_jax.run_folder import BusyError, only_run
@@ -230,6 +230,14 @@ class TestOnlyRun:
             OSError, match=r"cannot write in .*: No space left on device; make room there, and"
         ):
             self.work(tmp_path, write)
+
+    def test_a_full_disk_that_the_costs_of_a_run_meet_is_named_likewise(self, tmp_path, monkeypatch):
+        def fail(path, *_):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+        monkeypatch.setattr(Path, "write_text", fail)
+        with pytest.raises(OSError, match=r"cannot write in .*: No space left on device; make room there"):
+            self.work(tmp_path, lambda *_: costs.note(tmp_path, step_memory=1))
 
     def test_a_folder_that_cannot_be_made_is_named(self, tmp_path):
         (tmp_path / "file").touch()

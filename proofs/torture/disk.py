@@ -58,7 +58,7 @@ def _full(folder: Path, whole: Path, size: str) -> Fault:
     """Run in a disk of a size until it is full, then make room and run on."""
     run = _run_isolated(folder, f"mount -t tmpfs -o size={size} none {folder}/disk")
     # Whichever comes first: a checkpoint that it cannot save, or another file that it cannot write.
-    wrong = _refused(run, "error: cannot ", f"{run.folder}", "No space left", "make room")
+    wrong = _refused(run, "error: cannot ", f" in {run.folder}", "No space left", "make room")
     kept = folders.steps(folder / "kept" / "run")
     finish(folder / "kept" / "run", EPOCHS)
     wrong += differences(folder / "kept" / "run", whole)
